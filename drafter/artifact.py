@@ -1,0 +1,363 @@
+"""Artifacts: folders a stage wrote, described by `manifest.json`.
+
+A folder is written beside its destination, hashed, given its manifest, flushed and renamed, so a
+crash leaves either the old artifact or the new one. Readers refuse what does not match its manifest.
+A temporary folder is locked by its writer; the next write removes those a killed run left.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+
+from drafter import __version__
+from drafter.errors import MissingError, UsageError
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+Verify = Literal[True, False, "size"]
+_CHUNK = 1 << 20
+
+
+class FileRecord(BaseModel):
+    """Content hash (hex SHA-256) and size of one file of an artifact."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sha256: str
+    bytes: int
+
+
+class Manifest(BaseModel):
+    """What `manifest.json` holds; the JSON key of `schema_version` is `schema`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_by_name=True)
+
+    schema_version: int = Field(default=SCHEMA, alias="schema")
+    kind: str
+    name: str
+    created: str
+    inputs: dict[str, str]
+    versions: dict[str, str]
+    arguments: dict[str, JsonValue]
+    files: dict[str, FileRecord]
+    data: dict[str, JsonValue]
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest as plain JSON values, keys as in the file."""
+        return self.model_dump(mode="json", by_alias=True)
+
+
+def sha256_file(path: Path | str) -> str:
+    """Hex SHA-256 of a file, read in chunks."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(manifest: Manifest) -> str:
+    """Hex SHA-256 over kind, inputs, arguments and file hashes: equal means the same artifact."""
+    files = {name: record.sha256 for name, record in manifest.files.items()}
+    return _digest([manifest.kind, manifest.inputs, manifest.arguments, files])
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of this project and of the packages an artifact's numbers or format depend on."""
+    found = {"slimspec": __version__, "python": platform.python_version()}
+    for package in ("torch", "numpy", "onnx", "onnxscript", "onnxruntime"):
+        with suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+@contextmanager
+def write_artifact(
+    folder: Path | str,
+    kind: str,
+    name: str,
+    inputs: Mapping[str, str],
+    arguments: Mapping[str, Any],
+    data: Mapping[str, Any],
+    versions: Mapping[str, str] | None = None,
+    *,
+    needed_bytes: int | None = None,
+) -> Iterator[Path]:
+    """Yield a temporary sibling of `folder` to fill; on leaving it becomes `folder`.
+
+    `data` is read on leaving, so the body may still add to it. `needed_bytes` is checked against the
+    free space first. An existing artifact of the same kind is replaced; any other non-empty folder is
+    refused (`UsageError`). A full disk is a `MissingError`. On any exception, Ctrl-C included,
+    nothing is left behind.
+    """
+    destination = Path(folder).resolve()
+    _refuse_foreign(destination, kind)
+    with disk_full_as_error(destination, needed_bytes):
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        _clear_leftovers(destination)
+        check_free_space(destination.parent, needed_bytes)
+        temporary, lock = _locked_folder(destination)
+        try:
+            yield temporary
+            manifest = Manifest(
+                kind=kind,
+                name=name,
+                created=datetime.now(UTC).isoformat(timespec="seconds"),
+                inputs=dict(inputs),
+                versions=dict(package_versions() if versions is None else versions),
+                arguments=_plain(dict(arguments)),
+                files=_record_files(temporary),
+                data=_plain(dict(data)),
+            )
+            atomic_write_json(temporary / MANIFEST, manifest.to_json())
+            _flush_tree(temporary)
+            _replace(destination, temporary)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        finally:
+            os.close(lock)
+
+
+def read_artifact(
+    folder: Path | str, kind: str, *, verify: Verify = True, mend: str = ""
+) -> Manifest:
+    """Check the artifact in `folder` and return its manifest.
+
+    `verify`: True compares sizes and hashes, "size" only sizes, False only the manifest itself.
+    `mend` is the command that makes the artifact anew; it ends every error message.
+    Raises `UsageError` naming the field, the value found and the value needed.
+    """
+    folder = Path(folder)
+    remedy = f"; run `{mend}`" if mend else ""
+    manifest = _parse_manifest(folder, kind, remedy)
+    if verify is False:
+        return manifest
+    for name, record in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise UsageError(f"{path} is missing, but {MANIFEST} lists it{remedy}")
+        size = path.stat().st_size
+        if size != record.bytes:
+            raise UsageError(f"{path} has {size} bytes, but {MANIFEST} says {record.bytes}{remedy}")
+        if verify is True and (found := sha256_file(path)) != record.sha256:
+            raise UsageError(
+                f"{path} has sha256 {found}, but {MANIFEST} says {record.sha256}{remedy}"
+            )
+    return manifest
+
+
+def is_up_to_date(
+    folder: Path | str,
+    kind: str,
+    inputs: Mapping[str, str],
+    arguments: Mapping[str, Any],
+    *,
+    verify: Verify = True,
+) -> bool:
+    """Whether `folder` holds an intact artifact of this kind, inputs and arguments."""
+    try:
+        manifest = read_artifact(folder, kind, verify=verify)
+    except UsageError:
+        return False
+    return manifest.inputs == dict(inputs) and manifest.arguments == _plain(dict(arguments))
+
+
+def atomic_write_json(path: Path | str, value: Any) -> None:
+    """Write `value` as JSON to `path`: whole or not at all. A full disk is a `MissingError`."""
+    path = Path(path).resolve()
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    with disk_full_as_error(path, len(text)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+def check_free_space(folder: Path, needed_bytes: int | None) -> None:
+    """Raise `MissingError` where the disk of `folder` has less than `needed_bytes` free."""
+    if needed_bytes is not None and (free := shutil.disk_usage(folder).free) < needed_bytes:
+        raise MissingError(_disk_full_message(folder, needed_bytes, free))
+
+
+@contextmanager
+def disk_full_as_error(path: Path, needed_bytes: int | None = None) -> Iterator[None]:
+    """Turn "no space left", raised by whichever library was writing, into a `MissingError`."""
+    try:
+        yield
+    except Exception as error:
+        if not _is_disk_full(error):
+            raise
+        existing = next(p for p in (path, *path.parents) if p.exists())
+        free = shutil.disk_usage(existing).free
+        raise MissingError(_disk_full_message(path, needed_bytes, free)) from error
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    # Rust and C++ writers report the errno only in their text.
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return full or "No space left on device" in str(error)
+
+
+def _disk_full_message(path: Path, needed: int | None, free: int) -> str:
+    need = "more than that is needed" if needed is None else f"{_megabytes(needed)} are needed"
+    return (
+        f"the disk is full: cannot write {path}: {_megabytes(free)} are free, {need}; "
+        "free some space or choose another folder, then run the same command again"
+    )
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB"
+
+
+def _parse_manifest(folder: Path, kind: str, remedy: str) -> Manifest:
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise UsageError(f"{folder} does not exist, a folder of kind '{kind}' is needed{remedy}")
+    if not path.is_file():
+        raise UsageError(
+            f"{folder} has no {MANIFEST}, so it is not a finished '{kind}' artifact{remedy}"
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{path} is not readable JSON ({error}){remedy}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} holds {type(content).__name__}, a JSON object is needed{remedy}")
+    for field, needed in (("schema", SCHEMA), ("kind", kind)):
+        if content.get(field) != needed:
+            raise UsageError(
+                f"{path}: field '{field}' is {content.get(field)!r}, {needed!r} is needed{remedy}"
+            )
+    try:
+        manifest = Manifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise UsageError(
+            f"{path}: field '{field}' is {first['input']!r:.80}: {first['msg']}{remedy}"
+        ) from None
+    for name in manifest.files:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise UsageError(
+                f"{path}: field 'files' names {name!r}, which lies outside the folder{remedy}"
+            )
+    return manifest
+
+
+def _refuse_foreign(destination: Path, kind: str) -> None:
+    # The destination will be replaced: never do that to a folder which is not ours.
+    if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
+        return
+    try:
+        content = json.loads((destination / MANIFEST).read_text(encoding="utf-8"))
+        found = content.get("kind") if isinstance(content, dict) else None
+    except OSError:
+        found = None
+    except ValueError:
+        return  # our own manifest, damaged: writing anew mends it
+    if found != kind:
+        what = "no artifact" if found is None else f"an artifact of kind '{found}'"
+        raise UsageError(
+            f"{destination} exists and holds {what}, not one of kind '{kind}'; "
+            "choose another folder or remove it"
+        )
+
+
+def _record_files(folder: Path) -> dict[str, FileRecord]:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        path.relative_to(folder).as_posix(): FileRecord(
+            sha256=sha256_file(path), bytes=path.stat().st_size
+        )
+        for path in paths
+    }
+
+
+def _locked_folder(destination: Path) -> tuple[Path, int]:
+    temporary = Path(tempfile.mkdtemp(prefix=_prefix(destination, "new"), dir=destination.parent))
+    temporary.chmod(0o755)
+    lock = os.open(temporary, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return temporary, lock
+
+
+def _clear_leftovers(destination: Path) -> None:
+    olds = sorted(destination.parent.glob(_prefix(destination, "old") + "*"))
+    if olds and not destination.exists():
+        olds.pop().rename(
+            destination
+        )  # killed between the two renames: the old artifact is still good
+    for path in (*olds, *destination.parent.glob(_prefix(destination, "new") + "*")):
+        with suppress(OSError):
+            lock = os.open(path, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its writer lives
+                shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(lock)
+
+
+def _prefix(destination: Path, state: Literal["new", "old"]) -> str:
+    return f".{destination.name}.{state}-"
+
+
+def _replace(destination: Path, temporary: Path) -> None:
+    aside: Path | None = None
+    if destination.exists():
+        aside = temporary.with_name(temporary.name.replace(".new-", ".old-"))
+        destination.rename(aside)
+    try:
+        temporary.rename(destination)
+    except BaseException:
+        if aside is not None:
+            aside.rename(destination)
+        raise
+    _flush(destination.parent)
+    if aside is not None:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _flush_tree(folder: Path) -> None:
+    for path in (*folder.rglob("*"), folder):
+        _flush(path)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _plain(value: Any) -> Any:
+    # Through JSON, so that a tuple given now equals the list read back later.
+    return json.loads(json.dumps(value, allow_nan=False))
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(
+        json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()

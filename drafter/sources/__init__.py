@@ -1,0 +1,1 @@
+"""Sources of targets: a built-in name, a Hugging Face folder or id, or a GGUF file."""

@@ -1,7 +1,7 @@
 """Artifacts: folders a stage wrote, described by `manifest.json`.
 
 A folder is written beside its destination, hashed, given its manifest, flushed and renamed, so a
-crash leaves either the old artifact or the new one. Readers refuse what does not match its manifest.
+crash leaves either the old artifact or the new one. Readers refuse what differs from the manifest.
 A temporary folder is locked by its writer; the next write removes those a killed run left.
 """
 
@@ -97,10 +97,10 @@ def write_artifact(
 ) -> Iterator[Path]:
     """Yield a temporary sibling of `folder` to fill; on leaving it becomes `folder`.
 
-    `data` is read on leaving, so the body may still add to it. `needed_bytes` is checked against the
-    free space first. An existing artifact of the same kind is replaced; any other non-empty folder is
-    refused (`UsageError`). A full disk is a `MissingError`. On any exception, Ctrl-C included,
-    nothing is left behind.
+    `data` is read on leaving, so the body may still add to it. `needed_bytes` is checked against
+    the free space first. An existing artifact of the same kind is replaced; any other non-empty
+    folder is refused (`UsageError`). A full disk is a `MissingError`. On any exception, Ctrl-C
+    included, nothing is left behind.
     """
     destination = Path(folder).resolve()
     _refuse_foreign(destination, kind)

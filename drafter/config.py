@@ -1,0 +1,181 @@
+"""Shapes of a target and of its drafter, read from JSON and checked once.
+
+`TargetConfig` is what a Hugging Face `config.json` says of a decoder, in our words; `DrafterConfig` is our own
+native `config.json`. Unknown keys in ours are refused; a target's file has many keys we do not need.
+Tap ids mean "input of layer i" (the residual stream before layer i), 0-based.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from drafter.errors import UsageError
+
+
+class RopeConfig(BaseModel):
+    """Rotary embedding: base and, for `llama3` scaling, the four numbers of that rule."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    theta: float = 10_000.0
+    kind: Literal["default", "linear", "llama3"] = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+
+class TargetConfig(BaseModel):
+    """A decoder of the Llama family. `qkv_bias`, `qk_norm` are what tells the families apart."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    tie_embeddings: bool
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    max_positions: int
+    eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def kv_size(self) -> int:
+        """Width of one cached key (or value) row: kv_heads * head_dim."""
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def default_taps(self) -> tuple[int, ...]:
+        """Three taps, low, middle and high, in the "input of layer i" convention."""
+        n = self.num_layers
+        return tuple(sorted({min(2, n - 1), n // 2, max(n - 3, 0)}))
+
+
+class DrafterConfig(BaseModel):
+    """One EAGLE-3 layer and its head. Written beside the weights as `config.json`.
+
+    `lm_head_rank` is None for a dense head; `rescore` is the number of preview candidates that get exact
+    scores from the target's own head rows (0: none). `top_k` is how many candidates the graphs return.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_type: Literal["slimspec"] = "slimspec"
+    target_hidden_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    taps: tuple[int, ...]
+    target_layers: int
+    head: str = "low_rank"
+    lm_head_rank: int | None = None
+    rescore: int = 0
+    top_k: int = 16
+    max_positions: int = 8192
+    tokenizer_sha256: str | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DrafterConfig:
+        for tap in self.taps:
+            if not 0 <= tap < self.target_layers:
+                raise ValueError(
+                    f"tap id {tap} is out of range: the target has {self.target_layers} layers, "
+                    f'so tap ids ("input of layer i") run from 0 to {self.target_layers - 1}'
+                )
+        rank = self.lm_head_rank
+        if rank is not None and not 0 < rank <= self.hidden_size:
+            raise ValueError(
+                f"lm_head_rank {rank} must be between 1 and the hidden size {self.hidden_size}"
+            )
+        if self.rescore < 0 or 0 < self.rescore < self.top_k:
+            raise ValueError(
+                f"rescore {self.rescore} must be 0 (off) or at least top_k ({self.top_k})"
+            )
+        if self.rescore > self.vocab_size:
+            raise ValueError(f"rescore {self.rescore} exceeds the vocabulary ({self.vocab_size})")
+        if self.rescore and self.hidden_size != self.target_hidden_size:
+            raise ValueError(
+                f"rescore needs equal hidden sizes: drafter {self.hidden_size}, "
+                f"target {self.target_hidden_size}"
+            )
+        return self
+
+    @property
+    def kv_size(self) -> int:
+        """Width of one cached key (or value) row."""
+        return self.num_kv_heads * self.head_dim
+
+
+def default_rank(hidden_size: int) -> int:
+    """d/8, rounded to a multiple of 8 (SlimSpec, arXiv 2605.10453), at least 8."""
+    return max(8, round(hidden_size / 8 / 8) * 8)
+
+
+def drafter_config_for(target: TargetConfig, **changes: Any) -> DrafterConfig:
+    """The default drafter of a target: one layer of the target's own shape, low-rank head of rank d/8."""
+    fields: dict[str, Any] = {
+        "target_hidden_size": target.hidden_size,
+        "hidden_size": target.hidden_size,
+        "intermediate_size": target.intermediate_size,
+        "num_heads": target.num_heads,
+        "num_kv_heads": target.num_kv_heads,
+        "head_dim": target.head_dim,
+        "vocab_size": target.vocab_size,
+        "rms_norm_eps": target.rms_norm_eps,
+        "rope": RopeConfig(theta=target.rope.theta),
+        "taps": target.default_taps,
+        "target_layers": target.num_layers,
+        "top_k": min(16, target.vocab_size),
+        "max_positions": target.max_positions,
+    }
+    fields.update(changes)
+    if fields.get("head", "low_rank") == "low_rank" and fields.get("lm_head_rank") is None:
+        fields["lm_head_rank"] = default_rank(fields["hidden_size"])
+    return checked_drafter_config(fields, "drafter options")
+
+
+def checked_drafter_config(fields: dict[str, Any], where: str) -> DrafterConfig:
+    """Build a DrafterConfig; a bad value becomes one sentence naming the field.
+
+    Raises UsageError.
+    """
+    try:
+        return DrafterConfig(**fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "config"
+        message = first["msg"].removeprefix("Value error, ")
+        raise UsageError(f"{where}: {field}: {message}.") from None
+
+
+def read_drafter_config(folder: Path) -> DrafterConfig:
+    """The native `config.json` of a drafter folder. Raises UsageError."""
+    return checked_drafter_config(read_json(folder / "config.json"), str(folder / "config.json"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises UsageError when it is missing or not an object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid JSON ({error}); write it again.") from None
+    if not isinstance(value, dict):
+        raise UsageError(f"{path} holds {type(value).__name__}, not a JSON object.")
+    return value

@@ -1,0 +1,104 @@
+"""The EAGLE-3 drafter: one decoder layer over `[token embedding ; hidden]`, then a head (arXiv 2503.01840).
+
+Two entry points, never chosen by tensor width: `extend` takes target taps (fused by `fc`), `step` takes the
+drafter's own previous pre-norm state. Slot j holds the feature of position j and the embedding of token j+1, at
+rotary position j; its output is the law of token j+2. The embedding is the target's, frozen, and never in a checkpoint.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from drafter.config import DrafterConfig
+from drafter.decoder import MLP, Attention, RMSNorm, rope_frequencies, rope_tables
+from drafter.heads import build_head
+
+
+class DraftState(NamedTuple):
+    """`state`: pre-norm output [B, T, H], fed back by `step`; new cache rows [B, T, KV]."""
+
+    state: Tensor
+    new_key: Tensor
+    new_value: Tensor
+
+
+class DraftLayer(nn.Module):
+    """a = g + attention([norm(e) ; norm(g)]);  f = a + mlp(norm(a)). The residual is the un-normed g."""
+
+    def __init__(self, config: DrafterConfig) -> None:
+        super().__init__()
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = RMSNorm(config.target_hidden_size, eps)
+        self.hidden_norm = RMSNorm(size, eps)
+        self.post_attention_layernorm = RMSNorm(size, eps)
+        self.self_attn = Attention(
+            size,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            input_size=config.target_hidden_size + size,
+        )
+        self.mlp = MLP(size, config.intermediate_size)
+
+    def attention_input(self, embeds: Tensor, hidden: Tensor) -> Tensor:
+        """[B, T, Ht], [B, T, H] -> [B, T, Ht + H], embedding first."""
+        return torch.cat((self.input_layernorm(embeds), self.hidden_norm(hidden)), dim=-1)
+
+    def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """Add attention and MLP to the residual: [B, T, H] -> [B, T, H]."""
+        a = hidden + attended
+        f: Tensor = a + self.mlp(self.post_attention_layernorm(a))
+        return f
+
+
+class Drafter(nn.Module):
+    """The drafter. `target_embedding` and `target_rows` [V, Ht] are the target's tensors, shared and frozen."""
+
+    def __init__(
+        self, config: DrafterConfig, target_embedding: Tensor, target_rows: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.fc = nn.Linear(len(config.taps) * config.target_hidden_size, config.hidden_size, bias=False)
+        self.midlayer = DraftLayer(config)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        rows = target_embedding if target_rows is None else target_rows
+        self.lm_head = build_head(config, rows)
+        self.target_embedding = [target_embedding.detach()]  # in a list: not part of the checkpoint
+        inverse = rope_frequencies(config.rope, config.head_dim)
+        self.register_buffer("inverse", inverse, persistent=False)
+        self.inverse: Tensor
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Token ids [B, T] -> the target's embeddings [B, T, Ht]."""
+        return F.embedding(input_ids, self.target_embedding[0])
+
+    def extend(
+        self, input_ids: Tensor, taps: Tensor, position_ids: Tensor, mask: Tensor, past_key: Tensor, past_value: Tensor
+    ) -> DraftState:
+        """Consume target taps [B, T, n_taps * Ht] and the tokens after them [B, T]; mask [B, 1, T, P + T]."""
+        return self._layer(input_ids, self.fc(taps), position_ids, mask, past_key, past_value)
+
+    def step(
+        self, input_ids: Tensor, state: Tensor, position_ids: Tensor, mask: Tensor, past_key: Tensor, past_value: Tensor
+    ) -> DraftState:
+        """Consume the parents' own states [B, T, H] and the drafted tokens [B, T]."""
+        return self._layer(input_ids, state, position_ids, mask, past_key, past_value)
+
+    def head_input(self, state: Tensor) -> Tensor:
+        """The final-normed state that the head reads: [..., H] -> [..., H]."""
+        h: Tensor = self.norm(state)
+        return h
+
+    def _layer(
+        self, input_ids: Tensor, hidden: Tensor, position_ids: Tensor, mask: Tensor, past_key: Tensor, past_value: Tensor
+    ) -> DraftState:
+        layer = self.midlayer
+        cos, sin = rope_tables(self.inverse, position_ids)
+        u = layer.attention_input(self.embed(input_ids), hidden)  # [B, T, Ht + H]
+        attended, key, value = layer.self_attn(u, cos, sin, mask, past_key, past_value)
+        return DraftState(layer.finish(hidden, attended), key, value)

@@ -1,0 +1,48 @@
+"""Heads: drafter state -> next-token scores over the full vocabulary.
+
+A head is an `nn.Module` with `scores(h)`, `row_scores(h, rows)` and `top_k(h, k)`; `h` is the final-normed state
+`[..., H]`. `HEADS` names them; adding one is a file here and a line there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from drafter.config import DrafterConfig
+from drafter.errors import UsageError
+from drafter.heads.dense import DenseHead, TargetHead
+from drafter.heads.low_rank import LowRankHead
+from drafter.heads.top_k import HeadOutput
+
+
+class Head(Protocol):
+    """What training, the runtime's reference and export ask of a head."""
+
+    def scores(self, h: Tensor) -> Tensor:
+        """Scores that training optimises: [..., H] -> [..., V]."""
+
+    def row_scores(self, h: Tensor, rows: Tensor) -> Tensor:
+        """The same for the vocabulary rows [C] only: [..., H] -> [..., C]."""
+
+    def top_k(self, h: Tensor, k: int) -> HeadOutput:
+        """What drafting uses: [..., H] -> top-k log-probabilities, ids and the log-sum-exp."""
+
+
+HEADS: dict[str, Callable[[DrafterConfig, Tensor], nn.Module]] = {
+    "dense": DenseHead,
+    "target": TargetHead,
+    "low_rank": LowRankHead,
+}
+
+
+def build_head(config: DrafterConfig, target_rows: Tensor) -> nn.Module:
+    """The head a config names. `target_rows` [V, Ht] are the target's own head rows, shared, never copied.
+
+    Raises UsageError for an unknown name.
+    """
+    if config.head not in HEADS:
+        raise UsageError(f"Head {config.head!r} is unknown; known heads: {', '.join(sorted(HEADS))}.")
+    return HEADS[config.head](config, target_rows)

@@ -237,7 +237,8 @@ def _parse_manifest(folder: Path, kind: str, remedy: str) -> Manifest:
         raise UsageError(f"{folder} does not exist, a folder of kind '{kind}' is needed{remedy}")
     if not path.is_file():
         raise UsageError(
-            f"{folder} has no {MANIFEST}, so it is not a finished '{kind}' artifact{remedy}"
+            f"{folder} has no {MANIFEST}, so it is not a finished '{kind}' artifact"
+            f"{remedy.replace('; run', '; remove the folder and run')}"
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

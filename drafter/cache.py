@@ -1,17 +1,20 @@
 """Where files that can be made again are kept: `SLIMSPEC_CACHE`, else the user's cache folder.
 
-`targets/` holds converted targets, `prompts/` evaluation prompts, `downloads/` packages on their way to
-either, `workspace/` what `pipeline run` builds.
+`targets/` holds converted targets, `prompts/` evaluation prompts, `downloads/` packages on their
+way to either, `workspace/` what `pipeline run` builds.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
 def cache_root() -> Path:
-    """The cache folder: `SLIMSPEC_CACHE`, else `$XDG_CACHE_HOME/slimspec`, else `~/.cache/slimspec`."""
+    """`SLIMSPEC_CACHE`, else `$XDG_CACHE_HOME/slimspec`, else `~/.cache/slimspec`."""
     if chosen := os.environ.get("SLIMSPEC_CACHE"):
         return Path(chosen).expanduser().resolve()
     user_cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -36,3 +39,12 @@ def downloads_folder() -> Path:
 def workspace_folder() -> Path:
     """Default place of the artifacts of `pipeline run`."""
     return cache_root() / "workspace"
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock file at `path`; other processes that want it wait. A killed holder frees it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,13 +1,13 @@
 """Text to token ids and back, chat template included, without any model library.
 
-A target's `tokenizer.json` and chat template are all it takes. Templates come with downloaded models, so
-they run sandboxed: no attribute tricks, no changes to their inputs, bounded in size.
+A target's `tokenizer.json` and chat template are all it takes. Templates come with downloaded
+models, so they run sandboxed: no attribute tricks, no changes to their inputs, bounded in size.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ class ChatTokenizer:
 
     @classmethod
     def load(cls, folder: Path | str) -> ChatTokenizer:
-        """Read `tokenizer.json`, template and end-of-text ids of a target folder. Raises UsageError."""
+        """The tokenizer, template and end-of-text ids of a target folder. Raises UsageError."""
         folder = Path(folder)
         path = folder / "tokenizer.json"
         if not path.is_file():
@@ -191,17 +191,23 @@ def _eos_ids(folder: Path, tokenizer: Tokenizer, named: Mapping[str, str]) -> li
     return [] if eos is None else [eos]
 
 
-def _bytes_rule(tokenizer: Tokenizer) -> Any:
+def _bytes_rule(tokenizer: Tokenizer) -> Callable[[str], bytes]:
     """How this tokenizer writes bytes in its tokens: a function from token text to bytes."""
-    decoder = json.dumps(json.loads(tokenizer.to_str())["decoder"])
+    decoder = "none" if tokenizer.decoder is None else tokenizer.decoder.__getstate__().decode()
     if '"ByteLevel"' in decoder:
-        table = _byte_level_table()
-        return lambda token: bytes(table[character] for character in token)
+        return _byte_level_bytes
     if '"ByteFallback"' in decoder:
         return _sentencepiece_bytes
     raise UsageError(
         f"the tokenizer's decoder is {decoder:.80}, needed: byte-level BPE or byte fallback"
     )
+
+
+def _byte_level_bytes(token: str) -> bytes:
+    try:
+        return bytes(_BYTE_OF[character] for character in token)
+    except KeyError:  # not written in byte characters: the decoder, too, takes such a token as text
+        return token.encode()
 
 
 def _byte_level_table() -> dict[str, int]:
@@ -211,6 +217,9 @@ def _byte_level_table() -> dict[str, int]:
     table = {chr(byte): byte for byte in printable}
     table.update({chr(256 + i): byte for i, byte in enumerate(others)})
     return table
+
+
+_BYTE_OF = _byte_level_table()
 
 
 def _sentencepiece_bytes(token: str) -> bytes:

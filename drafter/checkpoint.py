@@ -1,7 +1,9 @@
 """Load a target from a Hugging Face folder; save and load the native drafter checkpoint.
 
-Native drafter: `config.json` + `model.safetensors` with the names of `drafter.eagle3.Drafter` (low-rank factors as
-`lm_head.down.weight` [r, H] and `lm_head.up.weight` [V, r]). Missing and unexpected keys are both errors.
+Native drafter: `config.json` + `model.safetensors` with the names of `drafter.eagle3.Drafter` (low-
+rank factors as
+`lm_head.down.weight` [r, H] and `lm_head.up.weight` [V, r]). Missing and unexpected keys are both
+errors.
 safetensors only; weights are read memory-mapped, one tensor at a time.
 """
 
@@ -58,13 +60,15 @@ def check_taps(config: TargetConfig, taps: tuple[int, ...] | None) -> None:
     for tap in taps or ():
         if not 0 <= tap < config.num_layers:
             raise UsageError(
-                f"Tap id {tap} is out of range: the target has {config.num_layers} layers, so tap ids "
-                f'("input of layer i") run from 0 to {config.num_layers - 1}.'
+                f"Tap id {tap} is out of range: the target has {config.num_layers} layers, so "
+                f'tap ids ("input of layer i") run from 0 to {config.num_layers - 1}.'
             )
 
 
 def read_tensors(folder: Path, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a folder's safetensors files (sharded or not), as `dtype` when given. Raises UsageError."""
+    """Every tensor of a folder's safetensors files (sharded or not), as `dtype` when given. Raises
+    UsageError.
+    """
     for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt") as reader:
@@ -73,7 +77,8 @@ def read_tensors(folder: Path, dtype: torch.dtype | None = None) -> Iterator[tup
                     yield name, tensor if dtype is None else tensor.to(dtype)
         except (SafetensorError, OSError) as error:
             raise UsageError(
-                f"{path} cannot be read as safetensors ({error}); it is truncated or damaged: fetch or write it again."
+                f"{path} cannot be read as safetensors ({error}); it is truncated or damaged: "
+                "fetch or write it again."
             ) from None
 
 
@@ -87,18 +92,27 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def fill(model: nn.Module, tensors: dict[str, Tensor], where: Path, aliases: set[str] | None = None) -> None:
-    """Assign tensors to a model's parameters. Missing, unexpected and misshapen keys raise UsageError."""
+def fill(
+    model: nn.Module, tensors: dict[str, Tensor], where: Path, aliases: set[str] | None = None
+) -> None:
+    """Assign tensors to a model's parameters. Missing, unexpected and misshapen keys raise
+    UsageError.
+    """
     wanted = {k: v.shape for k, v in model.state_dict().items() if k not in (aliases or set())}
-    missing, unexpected = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    missing, unexpected = (
+        sorted(wanted.keys() - tensors.keys()),
+        sorted(tensors.keys() - wanted.keys()),
+    )
     if missing or unexpected:
         raise UsageError(
-            f"{where}: the weights do not fit the config. Missing: {_some(missing)}; unexpected: {_some(unexpected)}."
+            f"{where}: the weights do not fit the config. Missing: {_some(missing)}; "
+            f"unexpected: {_some(unexpected)}."
         )
     for name, shape in wanted.items():
         if tensors[name].shape != shape:
             raise UsageError(
-                f"{where}: {name} has shape {list(tensors[name].shape)}, the config needs {list(shape)}."
+                f"{where}: {name} has shape {list(tensors[name].shape)}, "
+                f"the config needs {list(shape)}."
             )
     model.load_state_dict(tensors, strict=False, assign=True)
     for parameter in model.parameters():
@@ -118,8 +132,10 @@ def save_drafter(model: Drafter, folder: Path, dtype: torch.dtype = torch.float1
     (folder / "config.json").write_text(text, encoding="utf-8")
 
 
-def load_drafter(folder: Path, target: TargetDecoder, dtype: torch.dtype = torch.float32) -> Drafter:
-    """The drafter of a native folder, wired to the target's embedding and head. Raises UsageError."""
+def load_drafter(
+    folder: Path, target: TargetDecoder, dtype: torch.dtype = torch.float32
+) -> Drafter:
+    """A native folder's drafter, wired to the target's embedding and head. Raises UsageError."""
     config = read_drafter_config(folder)
     check_fits(config, target.config, folder)
     model = Drafter(config, target.embed_tokens.weight, target.lm_head.weight)
@@ -128,7 +144,9 @@ def load_drafter(folder: Path, target: TargetDecoder, dtype: torch.dtype = torch
 
 
 def check_fits(config: DrafterConfig, target: TargetConfig, where: Path) -> None:
-    """A drafter belongs to one target: vocabulary, hidden size and depth must agree. Raises UsageError."""
+    """A drafter belongs to one target: vocabulary, hidden size and depth must agree. Raises
+    UsageError.
+    """
     for field, mine, its in (
         ("vocab_size", config.vocab_size, target.vocab_size),
         ("target_hidden_size", config.target_hidden_size, target.hidden_size),
@@ -136,6 +154,6 @@ def check_fits(config: DrafterConfig, target: TargetConfig, where: Path) -> None
     ):
         if mine != its:
             raise UsageError(
-                f"The drafter in {where} was trained for another target: its {field} is {mine}, the target's is {its}. "
-                "Train one for this target with `pipeline train`."
+                f"The drafter in {where} was trained for another target: its {field} is {mine}, "
+                f"the target's is {its}. Train one for this target with `pipeline train`."
             )

@@ -1,7 +1,9 @@
 """Shapes of a target and of its drafter, read from JSON and checked once.
 
-`TargetConfig` is what a Hugging Face `config.json` says of a decoder, in our words; `DrafterConfig` is our own
-native `config.json`. Unknown keys in ours are refused; a target's file has many keys we do not need.
+`TargetConfig` is what a Hugging Face `config.json` says of a decoder, in our words; `DrafterConfig`
+is our own
+native `config.json`. Unknown keys in ours are refused; a target's file has many keys we do not
+need.
 Tap ids mean "input of layer i" (the residual stream before layer i), 0-based.
 """
 
@@ -65,8 +67,10 @@ class TargetConfig(BaseModel):
 class DrafterConfig(BaseModel):
     """One EAGLE-3 layer and its head. Written beside the weights as `config.json`.
 
-    `lm_head_rank` is None for a dense head; `rescore` is the number of preview candidates that get exact
-    scores from the target's own head rows (0: none). `top_k` is how many candidates the graphs return.
+    `lm_head_rank` is None for a dense head; `rescore` is the number of preview candidates that get
+    exact
+    scores from the target's own head rows (0: none). `top_k` is how many candidates the graphs
+    return.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -127,7 +131,9 @@ def default_rank(hidden_size: int) -> int:
 
 
 def drafter_config_for(target: TargetConfig, **changes: Any) -> DrafterConfig:
-    """The default drafter of a target: one layer of the target's own shape, low-rank head of rank d/8."""
+    """The default drafter of a target: one layer of the target's own shape, low-rank head of rank
+    d/8.
+    """
     fields: dict[str, Any] = {
         "target_hidden_size": target.hidden_size,
         "hidden_size": target.hidden_size,

@@ -1,8 +1,12 @@
-"""The target: one readable decoder for the Llama family (Llama, SmolLM2, Mistral, Qwen2/2.5, Qwen3).
+"""The target: one readable decoder for the Llama family (Llama, SmolLM2, Mistral, Qwen2/2.5,
+Qwen3).
 
-Nothing is implicit: keys and values come in and go out, the mask is bool (True = attend), positions are given.
-The cache is sequence-major, `[B, P, kv_heads * head_dim]`, and a call returns only the rows it made.
-`taps` are the residual stream *before* the layers named in `taps` ("input of layer i"), before any norm.
+Nothing is implicit: keys and values come in and go out, the mask is bool (True = attend), positions
+are given.
+The cache is sequence-major, `[B, P, kv_heads * head_dim]`, and a call returns only the rows it
+made.
+`taps` are the residual stream *before* the layers named in `taps` ("input of layer i"), before any
+norm.
 Parameter names are those of Hugging Face checkpoints, so weights load without a map.
 """
 
@@ -107,7 +111,9 @@ class Attention(nn.Module):
         return q, k.reshape(batch, steps, -1), self.v_proj(x)
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        """softmax(q k^T / sqrt(D)) v over keys [B, S, kv_heads * D], mask [B, 1, T, S] -> [B, T, hidden]."""
+        """softmax(q k^T / sqrt(D)) v over keys [B, S, kv_heads * D], mask [B, 1, T, S] -> [B, T,
+        hidden].
+        """
         k, v = self._heads(keys), self._heads(values)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
         return self.merge(y)
@@ -187,7 +193,9 @@ class DecoderLayer(nn.Module):
 
 
 class DecoderOutput(NamedTuple):
-    """`states`: final-normed [B, T, H]; `taps`: [B, T, n_taps * H]; new cache rows per layer [B, T, KV]."""
+    """`states`: final-normed [B, T, H]; `taps`: [B, T, n_taps * H]; new cache rows per layer [B, T,
+    KV].
+    """
 
     states: Tensor
     taps: Tensor
@@ -196,7 +204,9 @@ class DecoderOutput(NamedTuple):
 
 
 class TargetDecoder(nn.Module):
-    """The target model. Build it empty with `TargetDecoder(config, taps)`, load it with `checkpoint.load_target`."""
+    """The target model. Build it empty with `TargetDecoder(config, taps)`, load it with
+    `checkpoint.load_target`.
+    """
 
     def __init__(self, config: TargetConfig, taps: Sequence[int] | None = None) -> None:
         super().__init__()
@@ -221,7 +231,9 @@ class TargetDecoder(nn.Module):
         past_keys: Sequence[Tensor],
         past_values: Sequence[Tensor],
     ) -> DecoderOutput:
-        """input_ids, position_ids [B, T]; mask bool [B, 1, T, P + T]; past rows per layer [B, P, KV]."""
+        """input_ids, position_ids [B, T]; mask bool [B, 1, T, P + T]; past rows per layer [B, P,
+        KV].
+        """
         x = self.embed_tokens(input_ids)  # [B, T, H]
         cos, sin = rope_tables(self.inverse, position_ids)
         taps: dict[int, Tensor] = {}

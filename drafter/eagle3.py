@@ -1,8 +1,12 @@
-"""The EAGLE-3 drafter: one decoder layer over `[token embedding ; hidden]`, then a head (arXiv 2503.01840).
+"""The EAGLE-3 drafter: one decoder layer over `[token embedding ; hidden]`, then a head (arXiv
+2503.01840).
 
-Two entry points, never chosen by tensor width: `extend` takes target taps (fused by `fc`), `step` takes the
-drafter's own previous pre-norm state. Slot j holds the feature of position j and the embedding of token j+1, at
-rotary position j; its output is the law of token j+2. The embedding is the target's, frozen, and never in a checkpoint.
+Two entry points, never chosen by tensor width: `extend` takes target taps (fused by `fc`), `step`
+takes the
+drafter's own previous pre-norm state. Slot j holds the feature of position j and the embedding of
+token j+1, at
+rotary position j; its output is the law of token j+2. The embedding is the target's, frozen, and
+never in a checkpoint.
 """
 
 from __future__ import annotations
@@ -27,7 +31,9 @@ class DraftState(NamedTuple):
 
 
 class DraftLayer(nn.Module):
-    """a = g + attention([norm(e) ; norm(g)]);  f = a + mlp(norm(a)). The residual is the un-normed g."""
+    """a = g + attention([norm(e) ; norm(g)]);  f = a + mlp(norm(a)). The residual is the un-normed
+    g.
+    """
 
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
@@ -56,18 +62,23 @@ class DraftLayer(nn.Module):
 
 
 class Drafter(nn.Module):
-    """The drafter. `target_embedding` and `target_rows` [V, Ht] are the target's tensors, shared and frozen."""
+    """The drafter. `target_embedding` and `target_rows` [V, Ht] are the target's tensors, shared
+    and frozen.
+    """
 
     def __init__(
         self, config: DrafterConfig, target_embedding: Tensor, target_rows: Tensor | None = None
     ) -> None:
         super().__init__()
         self.config = config
-        self.fc = nn.Linear(len(config.taps) * config.target_hidden_size, config.hidden_size, bias=False)
+        self.fc = nn.Linear(
+            len(config.taps) * config.target_hidden_size, config.hidden_size, bias=False
+        )
         self.midlayer = DraftLayer(config)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         rows = target_embedding if target_rows is None else target_rows
         self.lm_head = build_head(config, rows)
+        self.target_rows = [rows.detach()]  # the target's own head, likewise shared
         self.target_embedding = [target_embedding.detach()]  # in a list: not part of the checkpoint
         inverse = rope_frequencies(config.rope, config.head_dim)
         self.register_buffer("inverse", inverse, persistent=False)
@@ -78,13 +89,27 @@ class Drafter(nn.Module):
         return F.embedding(input_ids, self.target_embedding[0])
 
     def extend(
-        self, input_ids: Tensor, taps: Tensor, position_ids: Tensor, mask: Tensor, past_key: Tensor, past_value: Tensor
+        self,
+        input_ids: Tensor,
+        taps: Tensor,
+        position_ids: Tensor,
+        mask: Tensor,
+        past_key: Tensor,
+        past_value: Tensor,
     ) -> DraftState:
-        """Consume target taps [B, T, n_taps * Ht] and the tokens after them [B, T]; mask [B, 1, T, P + T]."""
+        """Consume target taps [B, T, n_taps * Ht] and the tokens after them [B, T]; mask [B, 1, T,
+        P + T].
+        """
         return self._layer(input_ids, self.fc(taps), position_ids, mask, past_key, past_value)
 
     def step(
-        self, input_ids: Tensor, state: Tensor, position_ids: Tensor, mask: Tensor, past_key: Tensor, past_value: Tensor
+        self,
+        input_ids: Tensor,
+        state: Tensor,
+        position_ids: Tensor,
+        mask: Tensor,
+        past_key: Tensor,
+        past_value: Tensor,
     ) -> DraftState:
         """Consume the parents' own states [B, T, H] and the drafted tokens [B, T]."""
         return self._layer(input_ids, state, position_ids, mask, past_key, past_value)
@@ -95,7 +120,13 @@ class Drafter(nn.Module):
         return h
 
     def _layer(
-        self, input_ids: Tensor, hidden: Tensor, position_ids: Tensor, mask: Tensor, past_key: Tensor, past_value: Tensor
+        self,
+        input_ids: Tensor,
+        hidden: Tensor,
+        position_ids: Tensor,
+        mask: Tensor,
+        past_key: Tensor,
+        past_value: Tensor,
     ) -> DraftState:
         layer = self.midlayer
         cos, sin = rope_tables(self.inverse, position_ids)

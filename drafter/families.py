@@ -1,6 +1,7 @@
 """Target families: how each Hugging Face `config.json` maps to `TargetConfig`.
 
-All are the same decoder; a family is a row of `FAMILIES`: the few things that its config implies but does not say.
+All are the same decoder; a family is a row of `FAMILIES`: the few things that its config implies
+but does not say.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from drafter.errors import UsageError
 
 @dataclass(frozen=True)
 class Family:
-    """What a `model_type` implies. `qkv_bias` None means "as the config's `attention_bias` says"."""
+    """What a `model_type` implies. `qkv_bias` None: as the config's `attention_bias` says."""
 
     qkv_bias: bool | None = None
     qk_norm: bool = False
@@ -31,7 +32,8 @@ FAMILIES: dict[str, Family] = {
 
 
 def read_target_config(folder: Path) -> TargetConfig:
-    """The target config of a Hugging Face folder, end-of-sequence ids of `generation_config.json` included.
+    """The target config of a Hugging Face folder, end-of-sequence ids of `generation_config.json`
+    included.
 
     Raises UsageError for an unknown family, an unknown RoPE rule or a sliding window.
     """
@@ -88,7 +90,9 @@ def _family(raw: dict[str, Any]) -> Family:
 
 
 def _rope(raw: dict[str, Any]) -> RopeConfig:
-    """RoPE parameters: transformers 5 keeps them in `rope_parameters`, 4 in `rope_theta` and `rope_scaling`."""
+    """RoPE parameters: transformers 5 keeps them in `rope_parameters`, 4 in `rope_theta` and
+    `rope_scaling`.
+    """
     rules = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     theta = rules.get("rope_theta", raw.get("rope_theta", 10_000.0))
     kind = rules.get("rope_type", rules.get("type", "default"))

@@ -1,8 +1,12 @@
-"""Training-time test: the drafter unrolled K steps over whole documents, as it will be run (EAGLE-3).
+"""Training-time test: the drafter unrolled K steps over whole documents, as it will be run
+(EAGLE-3).
 
-Step k feeds slot t the token x_{t+1+k} (teacher-forced) and, from step 1 on, its own state of step k-1, at rotary
-position t+k. A query at slot t sees the step-0 keys 0..t and, of each step 1..k, only its own slot's key: exactly the
-prefix plus the chain that decoding has. The teacher of step k at slot t is the target's law after x_0..x_{t+1+k}.
+Step k feeds slot t the token x_{t+1+k} (teacher-forced) and, from step 1 on, its own state of step
+k-1, at rotary
+position t+k. A query at slot t sees the step-0 keys 0..t and, of each step 1..k, only its own
+slot's key: exactly the
+prefix plus the chain that decoding has. The teacher of step k at slot t is the target's law after
+x_0..x_{t+1+k}.
 """
 
 from __future__ import annotations
@@ -17,10 +21,11 @@ from drafter.eagle3 import Drafter
 def unroll(drafter: Drafter, input_ids: Tensor, taps: Tensor, steps: int) -> list[Tensor]:
     """States of every step: input_ids [B, T], taps [B, T, n_taps * Ht] -> K tensors [B, T, H].
 
-    Slots whose token x_{t+1+k} lies past the document read a repeated last token; the caller masks them out.
+    Slots whose token x_{t+1+k} lies past the document read a repeated last token; the caller masks
+    them out.
     """
     batch, length = input_ids.shape
-    hidden = drafter.fc(taps)  # [B, T, H]
+    hidden = drafter.fc(taps).float()  # [B, T, H]; the residual stream stays float32 under autocast
     slots = torch.arange(length, device=input_ids.device)
     mask = causal_mask(batch, length, device=input_ids.device)
     keys: list[Tensor] = []
@@ -34,9 +39,17 @@ def unroll(drafter: Drafter, input_ids: Tensor, taps: Tensor, steps: int) -> lis
 
 
 def _unrolled_layer(
-    drafter: Drafter, tokens: Tensor, hidden: Tensor, positions: Tensor, mask: Tensor, keys: list[Tensor], values: list[Tensor]
+    drafter: Drafter,
+    tokens: Tensor,
+    hidden: Tensor,
+    positions: Tensor,
+    mask: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
 ) -> Tensor:
-    """One drafter layer at one unroll step; appends this step's keys and values [B, kv_heads, T, D]."""
+    """One drafter layer at one unroll step; appends this step's keys and values [B, kv_heads, T,
+    D].
+    """
     layer = drafter.midlayer
     attention = layer.self_attn
     cos, sin = rope_tables(drafter.inverse, positions[None])  # [1, T, D]
@@ -56,13 +69,17 @@ def _per_head(rows: Tensor, kv_heads: int, heads: int) -> Tensor:
 
 
 def chain_attention(q: Tensor, keys: list[Tensor], values: list[Tensor], mask: Tensor) -> Tensor:
-    """Attention of q [B, heads, T, D] over the step-0 keys under `mask` and, of later steps, the own slot's key.
+    """Attention of q [B, heads, T, D] over the step-0 keys under `mask` and, of later steps, the
+    own slot's key.
 
-    The own-slot scores are one elementwise product each, so the cost of a step does not grow with T^2.
+    The own-slot scores are one elementwise product each, so the cost of a step does not grow with
+    T^2.
     """
     scale = q.shape[-1] ** -0.5
     q = q.float() * scale
-    first = (q @ keys[0].float().transpose(-1, -2)).masked_fill(~mask, float("-inf"))  # [B, heads, T, T]
+    first = (q @ keys[0].float().transpose(-1, -2)).masked_fill(
+        ~mask, float("-inf")
+    )  # [B, heads, T, T]
     own = [(q * key.float()).sum(-1, keepdim=True) for key in keys[1:]]  # k times [B, heads, T, 1]
     weights = torch.cat([first, *own], dim=-1).softmax(-1)  # [B, heads, T, T + k]
     length = first.shape[-1]

@@ -1,6 +1,7 @@
 """Heads: drafter state -> next-token scores over the full vocabulary.
 
-A head is an `nn.Module` with `scores(h)`, `row_scores(h, rows)` and `top_k(h, k)`; `h` is the final-normed state
+A head is an `nn.Module` with `scores(h)`, `row_scores(h, rows)` and `top_k(h, k)`; `h` is the
+final-normed state
 `[..., H]`. `HEADS` names them; adding one is a file here and a line there.
 """
 
@@ -39,10 +40,13 @@ HEADS: dict[str, Callable[[DrafterConfig, Tensor], nn.Module]] = {
 
 
 def build_head(config: DrafterConfig, target_rows: Tensor) -> nn.Module:
-    """The head a config names. `target_rows` [V, Ht] are the target's own head rows, shared, never copied.
+    """The head a config names. `target_rows` [V, Ht] are the target's own head rows, shared, never
+    copied.
 
     Raises UsageError for an unknown name.
     """
     if config.head not in HEADS:
-        raise UsageError(f"Head {config.head!r} is unknown; known heads: {', '.join(sorted(HEADS))}.")
+        raise UsageError(
+            f"Head {config.head!r} is unknown; known heads: {', '.join(sorted(HEADS))}."
+        )
     return HEADS[config.head](config, target_rows)

@@ -1,4 +1,5 @@
-"""Dense heads: one matrix [V, H], either the drafter's own (`dense`) or the target's, shared and frozen (`target`).
+"""Dense heads: one matrix [V, H], either the drafter's own (`dense`) or the target's, shared and
+frozen (`target`).
 
 They are what SlimSpec is measured against, and `target` is the exact form that rescoring restores.
 """
@@ -13,7 +14,9 @@ from drafter.heads.top_k import HeadOutput, top_k_of_scores
 
 
 class DenseHead(nn.Module):
-    """z = W h with the drafter's own W [V, H], started from the target's rows where the sizes allow it."""
+    """z = W h with the drafter's own W [V, H], started from the target's rows where the sizes allow
+    it.
+    """
 
     def __init__(self, config: DrafterConfig, target_rows: Tensor) -> None:
         super().__init__()
@@ -35,9 +38,11 @@ class DenseHead(nn.Module):
 
 
 class TargetHead(nn.Module):
-    """z = W_target h: no weight of its own. `target_rows` is a plain attribute, so no checkpoint holds it."""
+    """z = W_target h: no weight of its own. `target_rows` is a plain attribute, so no checkpoint
+    holds it.
+    """
 
-    def __init__(self, config: DrafterConfig, target_rows: Tensor) -> None:
+    def __init__(self, config: DrafterConfig, target_rows: Tensor) -> None:  # noqa: ARG002
         super().__init__()
         self.target_rows = [target_rows.detach()]  # in a list: neither a parameter nor a buffer
 

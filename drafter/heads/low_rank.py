@@ -1,6 +1,7 @@
 """The SlimSpec head: z = W_up (W_down h), rank r, no bias, full vocabulary (arXiv 2605.10453).
 
-With `rescore: m` the low-rank scores are a preview: its top m candidates are scored again with those m rows of the
+With `rescore: m` the low-rank scores are a preview: its top m candidates are scored again with
+those m rows of the
 target's own head, which is in memory anyway. The preview then has only to rank, not to score.
 Factor names avoid `up_proj`/`down_proj`, which other loaders rewrite.
 """
@@ -17,13 +18,17 @@ from drafter.heads.top_k import HeadOutput, largest, top_k_of_scores
 
 
 class LowRankHead(nn.Module):
-    """`down.weight` [r, H], `up.weight` [V, r]; `target_rows` [V, H] are shared and only read when rescoring."""
+    """`down.weight` [r, H], `up.weight` [V, r]; `target_rows` [V, H] are shared and only read when
+    rescoring.
+    """
 
     def __init__(self, config: DrafterConfig, target_rows: Tensor) -> None:
         super().__init__()
         rank = config.lm_head_rank
         if rank is None:
-            raise UsageError("A low_rank head needs lm_head_rank in config.json; d/8 is the usual choice.")
+            raise UsageError(
+                "A low_rank head needs lm_head_rank in config.json; d/8 is the usual choice."
+            )
         self.rescore = config.rescore
         self.down = nn.Linear(config.hidden_size, rank, bias=False)
         self.up = nn.Linear(rank, config.vocab_size, bias=False)
@@ -56,21 +61,26 @@ class LowRankHead(nn.Module):
 def rescored_top_k(h: Tensor, preview: Tensor, target_rows: Tensor, m: int, k: int) -> HeadOutput:
     """Exact scores for the preview's top m, the preview's for the rest; top-k among the m.
 
-    h [..., H], preview [..., V] float32, target_rows [V, H]. The log-sum-exp swaps the m previewed terms for
+    h [..., H], preview [..., V] float32, target_rows [V, H]. The log-sum-exp swaps the m previewed
+    terms for
     exact ones: log(exp(lse(z)) - sum_m exp(z) + sum_m exp(exact)).
     """
     values, ids = preview.topk(m, dim=-1)  # [..., M]
     ids, order = ids.sort(dim=-1)  # ties go to the lower id below
     values = values.gather(-1, order)
     exact = torch.einsum("...h,...mh->...m", h.float(), target_rows[ids].float())  # [..., M]
-    rest = log_difference(torch.logsumexp(preview, dim=-1), torch.logsumexp(values, dim=-1))  # [...]
+    rest = log_difference(
+        torch.logsumexp(preview, dim=-1), torch.logsumexp(values, dim=-1)
+    )  # [...]
     log_sum_exp = torch.logaddexp(rest, torch.logsumexp(exact, dim=-1))  # [...]
     best, places = largest(exact, k)  # [..., K]
     return HeadOutput(best - log_sum_exp[..., None], ids.gather(-1, places), log_sum_exp)
 
 
 def log_difference(whole: Tensor, part: Tensor) -> Tensor:
-    """log(exp(whole) - exp(part)) for part <= whole; a rounding-sized remainder is floored at exp(whole) * 1e-7."""
+    """log(exp(whole) - exp(part)) for part <= whole; a rounding-sized remainder is floored at
+    exp(whole) * 1e-7.
+    """
     remainder = -torch.expm1((part - whole).clamp(max=0.0))
     return whole + remainder.clamp(min=1e-7).log()
 
@@ -78,14 +88,18 @@ def log_difference(whole: Tensor, part: Tensor) -> Tensor:
 def activation_pca(states: Tensor, rank: int) -> Tensor:
     """The top-`rank` eigenvectors of the states' second moment, as W_down [r, H].
 
-    states [N, H]: drafter-head inputs. With U = W_down^T, W_up = W_target U makes z the target's scores of the
+    states [N, H]: drafter-head inputs. With U = W_down^T, W_up = W_target U makes z the target's
+    scores of the
     projected state U U^T h.
     """
     flat = states.reshape(-1, states.shape[-1]).double()
     if flat.shape[0] < rank:
-        raise UsageError(f"activation-pca of rank {rank} needs at least {rank} states; got {flat.shape[0]}.")
+        raise UsageError(
+            f"activation-pca of rank {rank} needs at least {rank} states; got {flat.shape[0]}."
+        )
     _, vectors = torch.linalg.eigh(flat.T @ flat)  # ascending eigenvalues
-    return vectors[:, -rank:].flip(1).T.contiguous().float()
+    down: Tensor = vectors[:, -rank:].flip(1).T.contiguous().float()
+    return down
 
 
 def initialise(head: LowRankHead, kind: str, target_rows: Tensor, states: Tensor | None) -> None:
@@ -98,9 +112,13 @@ def initialise(head: LowRankHead, kind: str, target_rows: Tensor, states: Tensor
         nn.init.normal_(head.up.weight, std=0.02)
         return
     if kind != "activation-pca":
-        raise UsageError(f"Head initialisation {kind!r} is unknown; use 'random' or 'activation-pca'.")
+        raise UsageError(
+            f"Head initialisation {kind!r} is unknown; use 'random' or 'activation-pca'."
+        )
     if states is None:
-        raise UsageError("Head initialisation 'activation-pca' needs drafter states; capture a corpus first.")
+        raise UsageError(
+            "Head initialisation 'activation-pca' needs drafter states; capture a corpus first."
+        )
     down = activation_pca(states, head.down.out_features)
     head.down.weight.data.copy_(down)
     head.up.weight.data.copy_(target_rows.float() @ down.T)

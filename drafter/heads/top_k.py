@@ -9,7 +9,9 @@ from torch import Tensor
 
 
 class HeadOutput(NamedTuple):
-    """`logprobs` and `ids` [..., K] in falling order; `log_sum_exp` [...] of the unnormalised scores."""
+    """`logprobs` and `ids` [..., K] in falling order; `log_sum_exp` [...] of the unnormalised
+    scores.
+    """
 
     logprobs: Tensor
     ids: Tensor
@@ -19,7 +21,8 @@ class HeadOutput(NamedTuple):
 def largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest scores [..., V] and their ids, in falling order, ties to the lower id.
 
-    `torch.topk` leaves ties open; a stable sort of its (few) winners by id, then by score, settles their order.
+    `torch.topk` leaves ties open; a stable sort of its (few) winners by id, then by score, settles
+    their order.
     Which of several scores equal to the k-th is kept remains topk's choice.
     """
     values, ids = scores.topk(k, dim=-1)  # [..., K]

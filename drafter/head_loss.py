@@ -1,0 +1,131 @@
+"""The loss of K draft steps from their scores, in row chunks, with gradients in closed form.
+
+`eager_loss` is the readable form; `chunked_loss` gives the same value and gradients. Scores may be
+bfloat16; each
+chunk is worked on in float32 while it is in cache, and the teacher's law of a chunk is shared by
+all steps.
+Scores are [N, C] over sampled vocabulary rows (`drafter.row_sample`); the result is sum_k weight_k
+* mean over N.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from drafter.losses import Loss, alpha
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised: a loss and one weight per draft step."""
+
+    loss: Loss
+    step_weights: tuple[float, ...]
+
+
+def geometric_weights(steps: int, decay: float) -> tuple[float, ...]:
+    """decay^k, scaled to sum to 1, so that the learning rate does not depend on the number of
+    steps.
+    """
+    raw = [decay**k for k in range(steps)]
+    return tuple(w / sum(raw) for w in raw)
+
+
+def log_law(scores: Tensor, log_weight: Tensor) -> Tensor:
+    """Scores [n, C] and the log of how many vocabulary rows each column stands for -> log law [n,
+    C], float32.
+    """
+    return torch.log_softmax(scores.float() + log_weight, dim=-1)
+
+
+def eager_loss(
+    scores: Sequence[Tensor], teacher_scores: Tensor, log_weight: Tensor, objective: Objective
+) -> tuple[Tensor, list[float]]:
+    """The reference form: K score tensors [N, C], teacher scores [N, C] -> the loss and the K mean
+    alphas.
+    """
+    log_p = log_law(teacher_scores, log_weight)
+    total = torch.zeros(())
+    alphas = []
+    for z, weight in zip(scores, objective.step_weights, strict=True):
+        log_q = log_law(z, log_weight)
+        alphas.append(float(alpha(log_p, log_q.detach()).mean()))
+        total = total + weight * objective.loss.value(log_p, log_q, alphas[-1]).mean()
+    return total, alphas
+
+
+def chunked_loss(
+    scores: Sequence[Tensor],
+    teacher_scores: Tensor,
+    log_weight: Tensor,
+    objective: Objective,
+    chunk: int = 32,
+) -> tuple[Tensor, list[float]]:
+    """The same value, gradients and alphas, `chunk` rows at a time."""
+    alphas = [0.0] * len(scores)
+    if objective.loss.uses_alpha:
+        alphas = _mean_alphas([z.detach() for z in scores], teacher_scores, log_weight, chunk)
+    total: Tensor = _ChunkedLoss.apply(
+        alphas, teacher_scores, log_weight, objective, chunk, *scores
+    )  # type: ignore[no-untyped-call]
+    return total, alphas
+
+
+def _parts(count: int, chunk: int) -> list[slice]:
+    return [slice(i, min(i + chunk, count)) for i in range(0, count, chunk)]
+
+
+@torch.no_grad()
+def _mean_alphas(
+    scores: Sequence[Tensor], teacher_scores: Tensor, log_weight: Tensor, chunk: int
+) -> list[float]:
+    """Mean alpha of every draft step over all N rows."""
+    sums = [0.0] * len(scores)
+    for part in _parts(len(teacher_scores), chunk):
+        log_p = log_law(teacher_scores[part], log_weight)
+        for k, z in enumerate(scores):
+            sums[k] += float(alpha(log_p, log_law(z[part], log_weight)).sum())
+    return [s / len(teacher_scores) for s in sums]
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Takes the gradients in the forward pass, chunk by chunk; backward only scales them.
+
+    `alphas` is read when the loss depends on alpha, and filled in otherwise.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        alphas: list[float],
+        teacher_scores: Tensor,
+        log_weight: Tensor,
+        objective: Objective,
+        chunk: int,
+        *scores: Tensor,
+    ) -> Tensor:
+        loss, count = objective.loss, len(teacher_scores)
+        gradients = [torch.empty_like(z) for z in scores]
+        total = 0.0
+        for part in _parts(count, chunk):
+            log_p = log_law(teacher_scores[part], log_weight)  # [n, C]
+            p = log_p.exp()
+            for k, (z, weight) in enumerate(zip(scores, objective.step_weights, strict=True)):
+                log_q = log_law(z[part], log_weight)  # [n, C]
+                q = log_q.exp()
+                total += weight / count * float(loss.value(log_p, log_q, alphas[k]).sum())
+                gradients[k][part] = loss.gradient(p, q, alphas[k]).mul_(weight / count)
+                if not loss.uses_alpha:
+                    alphas[k] += float(torch.minimum(p, q).sum()) / count
+        ctx.save_for_backward(*gradients)
+        return torch.tensor(total)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (scale,) = grad_outputs
+        return (None, None, None, None, None, *(g * scale.to(g.dtype) for g in ctx.saved_tensors))

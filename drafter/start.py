@@ -1,0 +1,64 @@
+"""A drafter before training: random, or started from the target's own weights.
+
+`from_target`: `fc` passes the highest tap through, attention and MLP are the target's last layer
+acting on the hidden
+half of the input (the embedding half starts small), and the final norm is the target's. The head's
+low-rank factors
+start as `activation-pca` of the target's final states, or `random`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from drafter.config import DrafterConfig
+from drafter.decoder import DecoderLayer, TargetDecoder
+from drafter.eagle3 import Drafter
+from drafter.heads.low_rank import LowRankHead, initialise
+
+
+def start_drafter(
+    config: DrafterConfig,
+    target: TargetDecoder,
+    *,
+    head_init: str = "activation-pca",
+    from_target: bool = True,
+    states: Tensor | None = None,
+    seed: int = 0,
+) -> Drafter:
+    """A fresh drafter. `states` [N, H] (final-normed) are needed by `activation-pca`. Raises
+    UsageError.
+    """
+    torch.manual_seed(seed)
+    drafter = Drafter(
+        config, target.embed_tokens.weight.detach().float(), target.lm_head.weight.detach().float()
+    )
+    for module in drafter.modules():
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.normal_(module.weight, std=0.02)
+    if from_target and config.hidden_size == target.config.hidden_size:
+        copy_last_layer(drafter, target)
+    if isinstance(drafter.lm_head, LowRankHead):
+        initialise(drafter.lm_head, head_init, target.lm_head.weight.detach(), states)
+    return drafter
+
+
+@torch.no_grad()
+def copy_last_layer(drafter: Drafter, target: TargetDecoder) -> None:
+    """Start the drafter's layer as the target's last one, reading the hidden half of the input."""
+    size = target.config.hidden_size
+    source, layer = target.layers[-1], drafter.midlayer
+    assert isinstance(source, DecoderLayer)
+    drafter.fc.weight.mul_(0.5)
+    drafter.fc.weight[:, -size:] += torch.eye(size)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        getattr(layer.self_attn, name).weight[:, -size:] = getattr(
+            source.self_attn, name
+        ).weight.float()
+    layer.self_attn.o_proj.weight.copy_(source.self_attn.o_proj.weight)
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        getattr(layer.mlp, name).weight.copy_(getattr(source.mlp, name).weight)
+    layer.hidden_norm.weight.copy_(source.input_layernorm.weight)
+    layer.post_attention_layernorm.weight.copy_(source.post_attention_layernorm.weight)
+    drafter.norm.weight.copy_(target.norm.weight)

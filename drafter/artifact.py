@@ -297,14 +297,31 @@ def _record_files(folder: Path) -> dict[str, FileRecord]:
 
 
 def _locked_folder(destination: Path) -> tuple[Path, int]:
-    temporary = Path(tempfile.mkdtemp(prefix=_prefix(destination, "new"), dir=destination.parent))
-    temporary.chmod(0o755)
-    lock = os.open(temporary, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
+    with _locked(destination.parent):  # so that nobody takes it for a leftover before it is locked
+        prefix = _prefix(destination, "new")
+        temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=destination.parent))
+        temporary.chmod(0o755)
+        lock = os.open(temporary, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
     return temporary, lock
 
 
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
 def _clear_leftovers(destination: Path) -> None:
+    with _locked(destination.parent):
+        _clear_unlocked(destination)
+
+
+def _clear_unlocked(destination: Path) -> None:
     olds = sorted(destination.parent.glob(_prefix(destination, "old") + "*"))
     if olds and not destination.exists():
         olds.pop().rename(
@@ -325,19 +342,19 @@ def _prefix(destination: Path, state: Literal["new", "old"]) -> str:
 
 
 def _replace(destination: Path, temporary: Path) -> None:
-    aside: Path | None = None
-    if destination.exists():
-        aside = temporary.with_name(temporary.name.replace(".new-", ".old-"))
-        destination.rename(aside)
-    try:
-        temporary.rename(destination)
-    except BaseException:
-        if aside is not None:
-            aside.rename(destination)
-        raise
-    _flush(destination.parent)
-    if aside is not None:
-        shutil.rmtree(aside, ignore_errors=True)
+    suffix = temporary.name.removeprefix(_prefix(destination, "new"))
+    aside = temporary.with_name(_prefix(destination, "old") + suffix)
+    with _locked(destination.parent):
+        if destination.exists():
+            destination.rename(aside)
+        try:
+            temporary.rename(destination)
+        except BaseException:
+            if aside.exists():
+                aside.rename(destination)
+            raise
+        _flush(destination.parent)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _flush_tree(folder: Path) -> None:

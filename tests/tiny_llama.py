@@ -22,7 +22,8 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-TRAINING_TEXT = """The target checks what the drafter guesses, and the text is the same as without it.
+TRAINING_TEXT = """\
+The target checks what the drafter guesses, and the text is the same as without it.
 A tree of tokens is drafted, verified in one pass, and the longest accepted path is committed.
 def fibonacci(n: int) -> int: return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)
 user assistant system 0 1 2 3 4 5 6 7 8 9"""

@@ -76,7 +76,7 @@ def _is_ready(conversion: Conversion, verify: Verify, mend: bool) -> bool:
 
 
 def _convert(conversion: Conversion, report: Report) -> None:
-    gguf = conversion.gguf()
+    gguf = GgufFile(conversion.gguf())
     with write_artifact(
         conversion.folder,
         KIND,
@@ -84,7 +84,7 @@ def _convert(conversion: Conversion, report: Report) -> None:
         conversion.inputs,
         conversion.arguments,
         {"source": conversion.source},
-        needed_bytes=GgufFile(gguf).fp32_bytes,
+        needed_bytes=gguf.fp32_bytes,
     ) as temporary:
         convert_gguf(gguf, temporary, report)
         check_folder(temporary, conversion.name)

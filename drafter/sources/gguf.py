@@ -110,12 +110,11 @@ class GgufFile:
         return sum(4 * int(tensor.n_elements) for tensor in self.tensors.values())
 
 
-def convert_gguf(path: Path, folder: Path, report: Report = silent) -> None:
-    """Write config, tokenizer, chat template and fp32 weights of the GGUF at `path` into `folder`.
+def convert_gguf(gguf: GgufFile, folder: Path, report: Report = silent) -> None:
+    """Write config, tokenizer, chat template and fp32 weights of a GGUF file into `folder`.
 
     Raises UsageError for an architecture, tensor or tokenizer that cannot be converted.
     """
-    gguf = GgufFile(path)
     config = hf_config(gguf)
     eos = write_tokenizer(gguf, folder)
     _write_json(folder / CONFIG, config)

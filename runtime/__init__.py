@@ -1,4 +1,4 @@
-"""Tokens out: draft trees, verification, sampling, caches, the decode loop, the Generator and the server.
+"""Tokens out: draft trees, verification, sampling, caches, decode loop, Generator and server.
 
 Imports only from `engines`, `export` and `drafter`.
 """

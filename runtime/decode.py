@@ -1,0 +1,187 @@
+"""The decode loop: prompt in, rounds of tokens out. It knows no backend and no text.
+
+With a drafter a round drafts a tree, verifies it in one target pass and commits the accepted path;
+without one the tree is the root alone, which is plain decoding. Both follow the same law, and stop
+tokens and limits cut a round's block exactly where plain decoding would have ended: later tokens of
+the block are dropped.
+
+Between rounds: the target has committed positions 0..n-1, the root x_n is chosen but not fed. The
+drafter lags behind: `_Pending` holds the tokens and taps it has not seen yet.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+
+from drafter.errors import UsageError
+from runtime.drafter import Drafter
+from runtime.sampling import GREEDY, Dice, SamplingConfig, choose
+from runtime.stats import RoundStats
+from runtime.target import Target
+from runtime.tree import DEFAULT_TREE, DraftTree, TreeConfig, grow
+from runtime.verify import verify
+
+FinishReason = Literal["stop", "length"]
+
+PREFILL_CHUNK = 512  # prompt tokens per pass: bounds the mask and the activations of a long prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to decode. `stop_ids` end the output and are its last token."""
+
+    prompt: Sequence[int]
+    max_tokens: int
+    sampling: SamplingConfig = GREEDY
+    stop_ids: frozenset[int] = frozenset()
+    tree: TreeConfig = DEFAULT_TREE
+    prefill_chunk: int = PREFILL_CHUNK
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """Tokens of one pass (at least one); `finish` says why it is the last, None if it is not."""
+
+    tokens: list[int]
+    stats: RoundStats
+    finish: FinishReason | None
+
+
+class _Pending(NamedTuple):
+    """Slots the drafter has still to be fed: taps [1, T, 3H] and the token after each of them."""
+
+    tokens: list[int]
+    taps: torch.Tensor
+
+
+def check_request(request: Request, target: Target, drafter: Drafter | None) -> None:
+    """Refuse what cannot be decoded. Raises UsageError."""
+    count, context = len(request.prompt), target.max_context
+    if count == 0:
+        raise UsageError("the prompt is empty; it must hold at least one token.")
+    if count >= context:
+        raise UsageError(
+            f"the prompt has {count} tokens, but the context holds {context} and needs one for the "
+            f"answer; shorten the prompt to {context - 1} tokens."
+        )
+    for token in request.prompt:
+        if not 0 <= token < target.vocab_size:
+            raise UsageError(
+                f"the prompt holds token id {token}; this engine's ids run from 0 to "
+                f"{target.vocab_size - 1}."
+            )
+    if request.max_tokens < 1:
+        raise UsageError(f"max_tokens is {request.max_tokens}; it must be at least 1.")
+    if drafter is not None and request.tree.width > drafter.top_k:
+        raise UsageError(
+            f"tree width is {request.tree.width}, but this engine's drafter returns "
+            f"{drafter.top_k} candidates; choose a width of at most {drafter.top_k}."
+        )
+
+
+def decode(
+    target: Target, drafter: Drafter | None, request: Request, dice: Dice
+) -> Iterator[Round]:
+    """Decode one request; the first item is the prompt's pass with the first token.
+
+    Target and drafter are emptied first and belong to this request until the iterator is exhausted
+    or closed. Raises UsageError for a request that cannot be decoded.
+    """
+    check_request(request, target, drafter)
+    limit = min(request.max_tokens, target.max_context - len(request.prompt))
+    clock = _Clock(target, drafter)
+    root, pending = _prefill(target, drafter, request, dice)
+    block, finish = _cut([root], request.stop_ids, limit)
+    yield Round(block, clock.stats(len(block), 0, 0, prompt=True), finish)
+    emitted = 1
+    while finish is None:
+        clock = _Clock(target, drafter)
+        tree = _draft(target, drafter, pending, root, request.tree, limit - emitted)
+        verdict = verify(tree, target.verify(tree), request.sampling, dice)
+        taps = target.commit([0, *verdict.path])
+        block = [*(tree.tokens[node] for node in verdict.path), verdict.bonus]
+        root, pending = verdict.bonus, _Pending(block, taps)
+        block, finish = _cut(block, request.stop_ids, limit - emitted)
+        emitted += len(block)
+        accepted = min(len(verdict.path), len(block))
+        yield Round(block, clock.stats(len(block), accepted, len(tree) - 1), finish)
+
+
+def _prefill(
+    target: Target, drafter: Drafter | None, request: Request, dice: Dice
+) -> tuple[int, _Pending]:
+    """Feed the prompt in chunks; returns the first token and the last chunk's slots.
+
+    A slot needs the token after its position: for the last position of a chunk that is the next
+    prompt token, and only for the last chunk the token just chosen.
+    """
+    target.truncate(0)
+    if drafter is not None:
+        drafter.truncate(0)
+    prompt = list(request.prompt)
+    start = 0
+    while True:
+        stop = min(start + request.prefill_chunk, len(prompt))
+        logits, taps = target.prefill(prompt[start:stop])
+        if stop == len(prompt):
+            break
+        if drafter is not None:
+            drafter.extend(prompt[start + 1 : stop + 1], taps)
+        start = stop
+    root = choose(logits, request.sampling, dice)
+    return root, _Pending([*prompt[start + 1 :], root], taps)
+
+
+def _draft(
+    target: Target,
+    drafter: Drafter | None,
+    pending: _Pending,
+    root: int,
+    config: TreeConfig,
+    new_tokens: int,
+) -> DraftTree:
+    """The tree of one round that may emit `new_tokens`, no larger than the context has room for.
+
+    Where nothing but the bonus token fits, the round is the request's last, so the slots that the
+    drafter then misses are never needed.
+    """
+    if drafter is None:
+        return DraftTree.root_only(root)
+    fitted = config.fitted(new_tokens, rows=target.max_context - target.length - 1)
+    if fitted is None:
+        return DraftTree.root_only(root)
+    first = drafter.extend(pending.tokens, pending.taps)
+    return grow(root, first, drafter.step, fitted)
+
+
+def _cut(
+    block: list[int], stop_ids: frozenset[int], limit: int
+) -> tuple[list[int], FinishReason | None]:
+    """The part of a block that plain decoding would have emitted, and why it ends there."""
+    for index, token in enumerate(block[:limit]):
+        if token in stop_ids:
+            return block[: index + 1], "stop"
+    if len(block) >= limit:
+        return block[:limit], "length"
+    return block, None
+
+
+class _Clock:
+    """Splits the wall time since it was made into draft, verify and our own code."""
+
+    def __init__(self, target: Target, drafter: Drafter | None) -> None:
+        self._target, self._drafter = target, drafter
+        self._start = self._now()
+
+    def _now(self) -> tuple[float, float, float]:
+        drafting = self._drafter.engine_seconds if self._drafter is not None else 0.0
+        return time.perf_counter(), drafting, self._target.engine_seconds
+
+    def stats(self, emitted: int, accepted: int, drafted: int, prompt: bool = False) -> RoundStats:
+        wall, draft, check = (a - b for a, b in zip(self._now(), self._start, strict=True))
+        return RoundStats(emitted, accepted, drafted, draft, check, wall - draft - check, prompt)

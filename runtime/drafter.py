@@ -1,0 +1,118 @@
+"""The drafter as the decode loop sees it: extend with the target's taps, step down the tree.
+
+Slot j holds the target's taps of position j with the embedding of token x_{j+1}, at rotary
+position j. With n slots committed, the root is the token of slot n-1; a node of depth d is fed at
+rotary position n-1+d. `extend` commits its slots; the rows that `step` adds live until the next
+`extend`, which drops them: accepted tokens are fed again with the target's own taps.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from drafter.config import DrafterConfig
+from engines.base import Engine
+from runtime.cache import KeyValueCache
+from runtime.target import attention_mask
+from runtime.tree import Frontier, Proposals
+
+
+class Drafter(Protocol):
+    """What decoding needs of a drafter."""
+
+    top_k: int  # the largest tree width
+    engine_seconds: float  # time spent inside the engines so far
+
+    @property
+    def length(self) -> int:
+        """Committed slots."""
+        ...
+
+    def extend(self, tokens: Sequence[int], taps: torch.Tensor) -> Proposals:
+        """Commit slots; `taps` [1, T, 3H], `tokens[i]` follows the position of `taps[:, i]`.
+
+        Returns the proposals after the last slot (R = 1).
+        """
+        ...
+
+    def step(self, frontier: Frontier) -> Proposals:
+        """Feed one level of the tree; returns the proposals after each of its nodes."""
+        ...
+
+    def truncate(self, length: int) -> None:
+        """Forget all slots from `length` on."""
+        ...
+
+
+class EngineDrafter:
+    """A `Drafter` over the two drafter graphs of an engine set, batch 1."""
+
+    def __init__(
+        self, extend: Engine, step: Engine, config: DrafterConfig, max_context: int
+    ) -> None:
+        self.top_k = config.top_k
+        self.engine_seconds = 0.0
+        self._extend = extend
+        self._step = step
+        self._slots = 0
+        self._cache = KeyValueCache(1, config.kv_size, max_context)
+        self._state = torch.empty(0)  # [1, R, H] of the last call
+
+    @property
+    def length(self) -> int:
+        """See `Drafter`."""
+        return self._slots
+
+    def extend(self, tokens: Sequence[int], taps: torch.Tensor) -> Proposals:
+        """See `Drafter`."""
+        self._cache.truncate(self._slots)
+        count, first = len(tokens), self._slots
+        feeds = {
+            "input_ids": torch.tensor([tokens], dtype=torch.int64),
+            "taps": taps,
+            "position_ids": torch.arange(first, first + count).unsqueeze(0),
+            "attention_mask": attention_mask(first, np.tri(count, dtype=np.bool_)),
+            "rows": torch.tensor([[count - 1]]),
+            **self._cache.past(),
+        }
+        proposals = self._run(self._extend, feeds)
+        self._slots = self._cache.length
+        return proposals
+
+    def step(self, frontier: Frontier) -> Proposals:
+        """See `Drafter`."""
+        count = len(frontier.tokens)
+        fed = self._cache.length - self._slots
+        among = np.zeros((count, fed + count), dtype=np.bool_)
+        for row, ancestors in enumerate(frontier.ancestors):
+            among[row, [*ancestors, fed + row]] = True
+        position = self._slots - 1 + frontier.depth
+        feeds = {
+            "input_ids": torch.tensor([frontier.tokens], dtype=torch.int64),
+            "state": self._state.index_select(1, torch.tensor(frontier.parent_rows)),
+            "position_ids": torch.full((1, count), position),
+            "attention_mask": attention_mask(self._slots, among),
+            **self._cache.past(),
+        }
+        return self._run(self._step, feeds)
+
+    def truncate(self, length: int) -> None:
+        """See `Drafter`."""
+        self._cache.truncate(length)
+        self._slots = length
+
+    def _run(self, engine: Engine, feeds: dict[str, torch.Tensor]) -> Proposals:
+        start = time.perf_counter()
+        outputs = engine.run(feeds)
+        self.engine_seconds += time.perf_counter() - start
+        self._cache.commit(outputs)
+        self._state = outputs["state"]
+        return Proposals(
+            tokens=outputs["topk_ids"][0].tolist(),
+            log_probs=outputs["topk_logprobs"][0].tolist(),
+        )

@@ -1,0 +1,307 @@
+"""Text in, text out: `Generator.load(engine_dir).generate(messages, max_tokens=64).text`.
+
+It joins an engine set, its tokenizer and the decode loop. A Generator serves one request at a time,
+because target and drafter hold one cache each: a second request before the first one's end is
+refused with UsageError, so a caller with several threads needs a queue. Closing a stream ends its
+request.
+
+`token_ids` hold every token that counts: the end-of-sequence or stop token that ended the output is
+their last (it has no text), and so is the token that completed a stop string (the text ends before
+that string).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from drafter.errors import UsageError
+from drafter.tokenizer import ChatTokenizer
+from runtime.decode import FinishReason, Request, Round, check_request, decode
+from runtime.drafter import Drafter, EngineDrafter
+from runtime.sampling import SamplingConfig, SeededDice
+from runtime.stats import RoundStats, Tally, Timings
+from runtime.target import EngineTarget, Target
+from runtime.text import TextStream, TokenBytes, check_stops
+from runtime.tree import DEFAULT_TREE, TreeConfig
+
+Messages = Sequence[Mapping[str, str]]
+Prompt = str | Messages | Sequence[int]
+
+
+class Tokenizer(TokenBytes, Protocol):
+    """What a Generator needs of a tokenizer."""
+
+    @property
+    def eos_ids(self) -> Sequence[int] | frozenset[int]:
+        """Ids that end an answer."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
+        ...
+
+    def apply_chat_template(self, messages: list[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation, up to where the answer begins."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One finished request. `tau` and `acceptance_by_depth`: see `runtime.stats`.
+
+    `tok_s` is all tokens over the whole time, the prompt's pass included. `target_passes` counts
+    the prompt as one.
+    """
+
+    text: str
+    token_ids: list[int]
+    prompt_tokens: int
+    finish_reason: FinishReason
+    rounds: int
+    tau: float
+    acceptance_by_depth: list[float]
+    target_passes: int
+    tok_s: float
+    timings: Timings
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `pipeline generate --json` prints."""
+        return {
+            "text": self.text,
+            "token_ids": self.token_ids,
+            "prompt_tokens": self.prompt_tokens,
+            "rounds": self.rounds,
+            "tau": self.tau,
+            "finish_reason": self.finish_reason,
+            "tok_s": self.tok_s,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one pass added; `text` may be empty. The last piece carries the whole completion."""
+
+    text: str
+    token_ids: list[int]
+    completion: Completion | None = None
+
+
+class Generator:
+    """Generates text on one engine set (see the module's first lines)."""
+
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter,
+        tokenizer: Tokenizer,
+        *,
+        eos_ids: Sequence[int] = (),
+        tree: TreeConfig = DEFAULT_TREE,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.tree = tree
+        self.eos_ids = frozenset(tokenizer.eos_ids) | frozenset(eos_ids)
+        self._target = target
+        self._drafter = drafter
+        self._busy = threading.Lock()
+
+    @classmethod
+    def load(cls, engine_dir: str | Path, threads: int | None = None) -> Generator:
+        """Open an engine folder. Raises UsageError or MissingError, as `open_engines` does."""
+        from engines import open_engines  # with the backends, which only this needs
+
+        engines = open_engines(Path(engine_dir), threads=threads)
+        manifest = engines.manifest
+        context = manifest.max_context
+        return cls(
+            EngineTarget(engines.target, manifest.target, context),
+            EngineDrafter(engines.extend, engines.step, manifest.drafter, context),
+            ChatTokenizer.load(manifest.folder),
+            eos_ids=manifest.target.eos_token_ids,
+            tree=TreeConfig.from_dict(manifest.tree) if manifest.tree else DEFAULT_TREE,
+        )
+
+    @property
+    def max_context(self) -> int:
+        """Most tokens that prompt and answer may have together."""
+        return self._target.max_context
+
+    def prompt_ids(self, prompt: Prompt, raw: bool = False) -> list[int]:
+        """Token ids of a prompt: messages, a text (one user message, or as is if `raw`), or ids.
+
+        Raises UsageError for an empty prompt.
+        """
+        if isinstance(prompt, str):
+            if not prompt:
+                raise UsageError("the prompt is empty; it must hold at least one character.")
+            if raw:
+                return self.tokenizer.encode(prompt)
+            return self.tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
+        if not prompt:
+            raise UsageError("the prompt is empty; it must hold at least one message or token.")
+        if all(isinstance(item, int) for item in prompt):
+            return [item for item in prompt if isinstance(item, int)]
+        messages = [dict(item) for item in prompt if isinstance(item, Mapping)]
+        if len(messages) != len(prompt):
+            raise UsageError("a prompt is a text, a list of messages or a list of token ids.")
+        if all(message.get("content") == "" for message in messages):
+            raise UsageError("the prompt is empty; at least one message must have content.")
+        return self.tokenizer.apply_chat_template(messages)
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        stop: str | Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
+        speculate: bool = True,
+        tree: TreeConfig | None = None,
+        raw: bool = False,
+    ) -> Completion:
+        """Answer one prompt; the arguments are those of `stream`. Raises UsageError."""
+        pieces = self.stream(
+            prompt,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            stop=stop,
+            stop_token_ids=stop_token_ids,
+            speculate=speculate,
+            tree=tree,
+            raw=raw,
+        )
+        *_, last = pieces
+        assert last.completion is not None
+        return last.completion
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        stop: str | Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
+        speculate: bool = True,
+        tree: TreeConfig | None = None,
+        raw: bool = False,
+    ) -> Iterator[Piece]:
+        """Answer one prompt piece by piece, one per target pass.
+
+        Bad arguments are refused here, before the first piece. `speculate=False` is plain decoding
+        on the same engine. Close the iterator to cancel. Raises UsageError.
+        """
+        for token in stop_token_ids:
+            if not isinstance(token, int) or not 0 <= token < self._target.vocab_size:
+                raise UsageError(
+                    f"a stop token id is {token!r}; this engine's ids run from 0 to "
+                    f"{self._target.vocab_size - 1}."
+                )
+        request = Request(
+            prompt=self.prompt_ids(prompt, raw),
+            max_tokens=max_tokens,
+            sampling=SamplingConfig(temperature, top_k, top_p, min_p, seed),
+            stop_ids=self.eos_ids | frozenset(stop_token_ids),
+            tree=tree or self.tree,
+        )
+        drafter = self._drafter if speculate else None
+        check_request(request, self._target, drafter)
+        return self._pieces(request, drafter, TextStream(self.tokenizer, check_stops(stop)))
+
+    def _pieces(
+        self, request: Request, drafter: Drafter | None, text: TextStream
+    ) -> Iterator[Piece]:
+        tally = Tally(depth=request.tree.depth if drafter is not None else 0)
+        dice = SeededDice(request.sampling.seed)
+        shown: list[str] = []
+        token_ids: list[int] = []
+        with self._claimed():
+            for passed in decode(self._target, drafter, request, dice):
+                start = time.perf_counter()
+                tokens, new, finish = _read(passed, text, request.stop_ids)
+                token_ids += tokens
+                shown.append(new)
+                tally.add(_trimmed(passed.stats, len(tokens), time.perf_counter() - start))
+                if finish is not None:
+                    break
+                yield Piece(new, tokens)
+            assert finish is not None  # decode ends only with a reason
+            done = _completion("".join(shown), token_ids, len(request.prompt), finish, tally)
+        yield Piece(new, tokens, done)
+
+    @contextmanager
+    def _claimed(self) -> Iterator[None]:
+        if not self._busy.acquire(blocking=False):
+            raise UsageError(
+                "this Generator is still answering another request and serves one at a time; "
+                "finish or close that stream first."
+            )
+        try:
+            yield
+        finally:
+            self._busy.release()
+
+
+def _read(
+    passed: Round, text: TextStream, stop_ids: frozenset[int]
+) -> tuple[list[int], str, FinishReason | None]:
+    """A pass's tokens up to a stop string, their final text, and why the output ends here."""
+    finish = passed.finish
+    shown: list[str] = []
+    for index, token in enumerate(passed.tokens):
+        if token in stop_ids:  # the last one; a stop token has no text
+            break
+        shown.append(text.push(token))
+        if text.stopped:
+            return passed.tokens[: index + 1], "".join(shown), "stop"
+    if finish is not None:
+        shown.append(text.finish())
+        if text.stopped:
+            finish = "stop"
+    return passed.tokens, "".join(shown), finish
+
+
+def _trimmed(stats: RoundStats, emitted: int, text_s: float) -> RoundStats:
+    """The figures of a pass of which `emitted` tokens count, with the time its text took."""
+    return replace(
+        stats,
+        emitted=emitted,
+        accepted=min(stats.accepted, emitted),
+        overhead_s=stats.overhead_s + text_s,
+    )
+
+
+def _completion(
+    text: str, token_ids: list[int], prompt_tokens: int, finish: FinishReason, tally: Tally
+) -> Completion:
+    return Completion(
+        text=text,
+        token_ids=token_ids,
+        prompt_tokens=prompt_tokens,
+        finish_reason=finish,
+        rounds=tally.rounds,
+        tau=tally.tau,
+        acceptance_by_depth=tally.acceptance_by_depth,
+        target_passes=tally.target_passes,
+        tok_s=len(token_ids) / tally.timings.total_s,
+        timings=tally.timings,
+    )

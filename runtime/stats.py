@@ -1,0 +1,99 @@
+"""What a request cost and what speculation gave it.
+
+A round is one target pass after the prompt's: it emits the accepted tokens and one bonus token. The
+prompt's pass emits the first token and is no round. Only tokens that reach the user count: what a
+round accepted beyond a stop or the token limit is in no figure. So, for one request,
+tokens = 1 + tau * rounds, and plain decoding has tau = 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class RoundStats:
+    """One target pass. Seconds are split without overlap; their sum is the pass's wall time.
+
+    `emitted`: tokens that count. `accepted`: how many of them were drafted. `drafted`: nodes
+    verified, root excluded. `overhead_s`: our own code, outside of any engine.
+    """
+
+    emitted: int
+    accepted: int
+    drafted: int
+    draft_s: float
+    verify_s: float
+    overhead_s: float
+    prompt: bool = False  # the prompt's pass: chunks through target and drafter, first token
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the pass."""
+        return self.draft_s + self.verify_s + self.overhead_s
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds of a request; `prefill_s` is all of the prompt's pass, the rest are the rounds'."""
+
+    prefill_s: float = 0.0
+    draft_s: float = 0.0
+    verify_s: float = 0.0
+    overhead_s: float = 0.0
+
+    @property
+    def total_s(self) -> float:
+        """Prompt and rounds; time spent by the reader of a stream is not in it."""
+        return self.prefill_s + self.draft_s + self.verify_s + self.overhead_s
+
+    def as_dict(self) -> dict[str, float]:
+        """The four parts by name."""
+        return asdict(self)
+
+
+@dataclass(slots=True)
+class Tally:
+    """The passes of one request (or of many), summed up."""
+
+    depth: int = 0  # levels of `acceptance_by_depth`; 0 for plain decoding
+    tokens: int = 0
+    rounds: int = 0
+    target_passes: int = 0
+    round_tokens: int = 0
+    timings: Timings = field(default_factory=Timings)
+    accepted_at: list[int] = field(default_factory=list)  # [d]: rounds that accepted depth d+1
+
+    def add(self, stats: RoundStats) -> None:
+        """Count one pass."""
+        self.tokens += stats.emitted
+        self.target_passes += 1
+        times = self.timings
+        if stats.prompt:
+            self.timings = Timings(
+                times.prefill_s + stats.seconds, times.draft_s, times.verify_s, times.overhead_s
+            )
+            return
+        self.rounds += 1
+        self.round_tokens += stats.emitted
+        self.timings = Timings(
+            times.prefill_s,
+            times.draft_s + stats.draft_s,
+            times.verify_s + stats.verify_s,
+            times.overhead_s + stats.overhead_s,
+        )
+        missing = max(self.depth, stats.accepted) - len(self.accepted_at)
+        self.accepted_at += [0] * missing
+        for level in range(stats.accepted):
+            self.accepted_at[level] += 1
+
+    @property
+    def tau(self) -> float:
+        """Mean tokens emitted per round, bonus included; 1.0 when there was no round."""
+        return self.round_tokens / self.rounds if self.rounds else 1.0
+
+    @property
+    def acceptance_by_depth(self) -> list[float]:
+        """[d]: fraction of rounds in which a node of depth d+1 was accepted."""
+        levels = self.accepted_at or [0] * self.depth
+        return [count / self.rounds if self.rounds else 0.0 for count in levels]

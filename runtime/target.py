@@ -1,0 +1,128 @@
+"""The target as the decode loop sees it: prefill, verify a tree, commit a path.
+
+Positions: with n rows committed, a prefill chunk continues at position n; a tree's root sits at
+position n and a node of depth d at n + d. A pass leaves its new rows in the engine's outputs until
+`commit` says which of them become part of the prefix.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from drafter.config import TargetConfig
+from engines.base import Engine
+from runtime.cache import KeyValueCache
+from runtime.tree import DraftTree
+
+LogitRows = npt.NDArray[np.float32]  # [R, V]
+
+
+class Prefilled(NamedTuple):
+    """`logits` [V] after the chunk's last token; `taps` [1, T, 3H] of all its positions."""
+
+    logits: npt.NDArray[np.float32]
+    taps: torch.Tensor
+
+
+class Target(Protocol):
+    """What decoding needs of a target. Arrays it answers with live until its next pass."""
+
+    vocab_size: int
+    max_context: int
+    engine_seconds: float  # time spent inside the engine so far
+
+    @property
+    def length(self) -> int:
+        """Committed positions."""
+        ...
+
+    def prefill(self, tokens: Sequence[int]) -> Prefilled:
+        """Feed and commit one chunk of the prompt."""
+        ...
+
+    def verify(self, tree: DraftTree) -> LogitRows:
+        """One pass over all nodes, the root first: logits [N, V]. Commits nothing."""
+        ...
+
+    def commit(self, nodes: Sequence[int]) -> torch.Tensor:
+        """Commit these nodes of the tree last verified, in order; returns their taps, a copy."""
+        ...
+
+    def truncate(self, length: int) -> None:
+        """Forget all positions from `length` on."""
+        ...
+
+
+class EngineTarget:
+    """A `Target` over the `target` graph of an engine set, batch 1."""
+
+    def __init__(self, engine: Engine, config: TargetConfig, max_context: int) -> None:
+        self.vocab_size = config.vocab_size
+        self.max_context = max_context
+        self.engine_seconds = 0.0
+        self._engine = engine
+        self._cache = KeyValueCache(config.num_layers, config.kv_size, max_context)
+        self._outputs: dict[str, torch.Tensor] = {}
+
+    @property
+    def length(self) -> int:
+        """See `Target`."""
+        return self._cache.length
+
+    def prefill(self, tokens: Sequence[int]) -> Prefilled:
+        """See `Target`."""
+        count = len(tokens)
+        mask = np.tri(count, dtype=np.bool_)
+        outputs = self._run(tokens, range(count), mask, rows=[count - 1])
+        self._cache.commit(outputs)
+        return Prefilled(outputs["logits"][0, 0].numpy(), outputs["taps"])
+
+    def verify(self, tree: DraftTree) -> LogitRows:
+        """See `Target`."""
+        self._outputs = self._run(tree.tokens, tree.depths, tree.mask(), rows=range(len(tree)))
+        logits: LogitRows = self._outputs["logits"][0].numpy()
+        return logits
+
+    def commit(self, nodes: Sequence[int]) -> torch.Tensor:
+        """See `Target`."""
+        self._cache.commit(self._outputs, nodes)
+        return self._outputs["taps"].index_select(1, torch.tensor(nodes))  # [1, a+1, 3H]
+
+    def truncate(self, length: int) -> None:
+        """See `Target`."""
+        self._cache.truncate(length)
+
+    def _run(
+        self,
+        tokens: Sequence[int],
+        depths: Sequence[int],
+        mask: npt.NDArray[np.bool_],  # [T, T]: among the new tokens; the prefix is seen by all
+        rows: Sequence[int],
+    ) -> dict[str, torch.Tensor]:
+        prefix = self._cache.length
+        feeds = {
+            "input_ids": torch.tensor([tokens], dtype=torch.int64),
+            "position_ids": torch.tensor([[prefix + depth for depth in depths]], dtype=torch.int64),
+            "attention_mask": attention_mask(prefix, mask),
+            "rows": torch.tensor([rows], dtype=torch.int64),
+            **self._cache.past(),
+        }
+        start = time.perf_counter()
+        outputs = self._engine.run(feeds)
+        self.engine_seconds += time.perf_counter() - start
+        return outputs
+
+
+def attention_mask(prefix: int, among: npt.NDArray[np.bool_]) -> torch.Tensor:
+    """bool [1, 1, T, prefix + S']: all attend the prefix, and `among` [T, S'] says the rest."""
+    rows, columns = among.shape
+    mask = np.empty((1, 1, rows, prefix + columns), dtype=np.bool_)
+    mask[0, 0, :, :prefix] = True
+    mask[0, 0, :, prefix:] = among
+    return torch.from_numpy(mask)

@@ -1,0 +1,241 @@
+"""The dynamic draft tree of EAGLE-2: which tokens one round speculates on.
+
+Growing: the drafter's `extend` proposes the root's children; each further level expands the best
+`width` nodes of the level before by path score (sum of log-probabilities from the root), each of
+them proposing `width` children. Reranking: of all candidates the best `budget` by path score stay,
+ties to the lower flat index (the order in which candidates were proposed). A path score never
+rises from parent to child and a parent is always proposed before its children, so that rule keeps
+every kept node's parent too. A chain is the case `width=1`.
+
+A tree is a deterministic function of the drafter's top-k proposals: no coin is tossed here, which
+is what lets verification treat every node as a point mass and stay lossless.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from drafter.errors import CheckFailed, UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class TreeConfig:
+    """Shape of the draft tree. Raises UsageError for a value out of range.
+
+    `depth`: levels below the root, that is drafter calls per round (one extend, depth-1 steps).
+    `width`: nodes expanded per level and children proposed by each. `budget`: nodes kept, the root
+    not counted. `min_prob`: candidates whose path probability (by the drafter) is below it are
+    neither kept nor expanded; 0 turns that off.
+    """
+
+    depth: int = 4
+    width: int = 4
+    budget: int = 8
+    min_prob: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "width", "budget"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UsageError(f"tree {name} is {value!r}; it must be a whole number >= 1.")
+        number = isinstance(self.min_prob, (int, float)) and not isinstance(self.min_prob, bool)
+        if not number or not 0.0 <= self.min_prob < 1.0:
+            raise UsageError(f"tree min_prob is {self.min_prob!r}; it must be >= 0 and below 1.")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TreeConfig:
+        """The tree of a manifest; keys are the field names. Raises UsageError on an unknown key."""
+        known = {item.name for item in fields(cls)}
+        for key in values:
+            if key not in known:
+                raise UsageError(f"tree has an unknown key {key!r}; it knows {sorted(known)}.")
+        return cls(**values)
+
+    def fitted(self, new_tokens: int, rows: int) -> TreeConfig | None:
+        """The largest tree not above this one for a round that may emit `new_tokens` tokens.
+
+        `rows` is the room in the context below the root. None when only the bonus token fits.
+        """
+        depth = min(self.depth, new_tokens - 1, rows)
+        if depth < 1:
+            return None
+        budget = min(self.budget, rows)
+        # depth-1 steps write up to width rows each into the drafter's cache, after the root's slot.
+        width = min(self.width, (rows + 1) // max(depth - 1, 1))
+        if (depth, width, budget) == (self.depth, self.width, self.budget):
+            return self
+        return replace(self, depth=depth, width=width, budget=budget)
+
+
+DEFAULT_TREE = TreeConfig()
+
+
+class Proposals(NamedTuple):
+    """What the drafter proposes after each of R nodes: K tokens, best first, with log-probs."""
+
+    tokens: list[list[int]]  # [R][K]
+    log_probs: list[list[float]]  # [R][K], normalised, <= 0 up to rounding
+
+
+class Frontier(NamedTuple):
+    """Nodes of one level to feed to the drafter's `step`, in path-score order.
+
+    `parent_rows[i]`: row of the drafter's previous output that holds the state of node i's parent.
+    `ancestors[i]`: cache rows of this round that node i attends besides itself, counted from the
+    first row after the committed prefix in the order in which nodes are fed.
+    """
+
+    tokens: list[int]
+    parent_rows: list[int]
+    ancestors: list[tuple[int, ...]]
+    depth: int
+
+
+Expand = Callable[[Frontier], Proposals]
+
+
+@dataclass(frozen=True, slots=True)
+class DraftTree:
+    """The tokens of one round in flat order. Node 0 is the root; parents come before children.
+
+    Siblings keep the drafter's order, best first. `scores` are path log-probabilities.
+    """
+
+    tokens: list[int]
+    parents: list[int]  # -1 for the root
+    depths: list[int]  # 0 for the root: the node's position is the root's plus this
+    scores: list[float]
+
+    @classmethod
+    def root_only(cls, token: int) -> DraftTree:
+        """No speculation: the target sees the root alone, as in plain decoding."""
+        return cls([token], [-1], [0], [0.0])
+
+    def __len__(self) -> int:
+        """Nodes, the root included."""
+        return len(self.tokens)
+
+    def children(self) -> list[list[int]]:
+        """Child nodes of each node, in draft order."""
+        children: list[list[int]] = [[] for _ in self.tokens]
+        for node, parent in enumerate(self.parents[1:], start=1):
+            children[parent].append(node)
+        return children
+
+    def mask(self) -> npt.NDArray[np.bool_]:
+        """Who attends whom, bool [N, N]: each node its ancestors and itself."""
+        count = len(self.tokens)
+        mask = np.zeros((count, count), dtype=np.bool_)
+        for node, parent in enumerate(self.parents):
+            if parent >= 0:
+                mask[node, :node] = mask[parent, :node]
+            mask[node, node] = True
+        return mask
+
+    def path(self, node: int) -> list[int]:
+        """Nodes from the root's child down to `node`; empty for the root."""
+        path: list[int] = []
+        while node > 0:
+            path.append(node)
+            node = self.parents[node]
+        return path[::-1]
+
+    def leaf_paths(self) -> list[list[int]]:
+        """One path per leaf, in flat order of the leaves."""
+        inner = set(self.parents)
+        return [self.path(node) for node in range(1, len(self)) if node not in inner]
+
+
+@dataclass(slots=True)
+class _Pool:
+    """All candidates of a round, in flat order; `rows` are their drafter cache rows once fed."""
+
+    config: TreeConfig
+    tokens: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)  # flat index, -1: the root
+    depths: list[int] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    # Per candidate, the cache rows that its children attend: its ancestors' rows and its own.
+    rows: dict[int, tuple[int, ...]] = field(default_factory=lambda: {-1: ()})
+
+    def propose(self, parents: Sequence[int], proposals: Proposals, depth: int) -> range:
+        """Append the children proposed for `parents`; returns the new flat indices."""
+        first = len(self.tokens)
+        floor = math.log(self.config.min_prob) if self.config.min_prob > 0 else -math.inf
+        width = self.config.width
+        for row, parent in enumerate(parents):
+            base = self.scores[parent] if parent >= 0 else 0.0
+            tokens, log_probs = proposals.tokens[row], proposals.log_probs[row]
+            for token, log_prob in zip(tokens[:width], log_probs[:width], strict=True):
+                # Rounding may lift a log-prob above 0; a child must never outscore its parent.
+                score = base + min(log_prob, 0.0)
+                if math.isnan(score):
+                    raise CheckFailed(
+                        f"the drafter's log-probability of token {token} is not a number; "
+                        "run `pipeline check` on this engine."
+                    )
+                if score >= floor and score > -math.inf:
+                    self.tokens.append(token)
+                    self.parents.append(parent)
+                    self.depths.append(depth)
+                    self.scores.append(score)
+        return range(first, len(self.tokens))
+
+    def frontier(self, level: range) -> list[int]:
+        """The nodes of `level` worth expanding: its best `width`, best first.
+
+        Once `budget` candidates exist, a node not above the worst of the best `budget` is left out:
+        its children, later in flat order and not above it, could not enter the tree.
+        """
+        best = heapq.nsmallest(self.config.width, level, key=self._rank)
+        if len(self.scores) < self.config.budget:
+            return best
+        bar = heapq.nlargest(self.config.budget, self.scores)[-1]
+        return [node for node in best if self.scores[node] > bar]
+
+    def selected(self, root: int) -> DraftTree:
+        """The best `budget` candidates under the root, in flat order."""
+        kept = sorted(heapq.nsmallest(self.config.budget, range(len(self.tokens)), key=self._rank))
+        node_of = {-1: 0} | {flat: node for node, flat in enumerate(kept, start=1)}
+        return DraftTree(
+            tokens=[root] + [self.tokens[flat] for flat in kept],
+            parents=[-1] + [node_of[self.parents[flat]] for flat in kept],
+            depths=[0] + [self.depths[flat] for flat in kept],
+            scores=[0.0] + [self.scores[flat] for flat in kept],
+        )
+
+    def _rank(self, flat: int) -> tuple[float, int]:
+        return -self.scores[flat], flat
+
+
+def grow(root: int, first: Proposals, expand: Expand, config: TreeConfig) -> DraftTree:
+    """Draft one round's tree.
+
+    `first` holds the proposals after the root (R = 1); `expand` feeds a frontier to the drafter and
+    returns the proposals after each of its nodes. It is called at most depth-1 times.
+    """
+    pool = _Pool(config)
+    level = pool.propose([-1], first, depth=1)
+    place = {-1: 0}  # flat index -> row of the drafter's previous output
+    fed = 0
+    for depth in range(1, config.depth):
+        nodes = pool.frontier(level)
+        if not nodes:
+            break
+        parents = [pool.parents[node] for node in nodes]
+        ancestors = [pool.rows[parent] for parent in parents]
+        tokens = [pool.tokens[node] for node in nodes]
+        proposals = expand(Frontier(tokens, [place[p] for p in parents], ancestors, depth))
+        for row, node in enumerate(nodes):
+            pool.rows[node] = (*ancestors[row], fed + row)
+        fed += len(nodes)
+        place = {node: row for row, node in enumerate(nodes)}
+        level = pool.propose(nodes, proposals, depth + 1)
+    return pool.selected(root)

@@ -1,0 +1,92 @@
+"""Which path of a draft tree the target accepts, and the bonus token after it.
+
+Greedy: the longest path of argmax tokens; the bonus is the argmax after its last node.
+
+Sampling: at a node with law p (the target's, temperature and filters applied) its children are
+tried in draft order, each as a point mass: child x is accepted with chance p(x); if not, p(x) is
+set to 0, p renormalised, and the next child is tried. If all fail, the token is drawn from what is
+left of p and the round ends; at the end of a path it is drawn from p. Every token so emitted has
+law p given the tokens before it, whatever the tree: the output is the target's.
+
+Laws are asked for along the accepted path only; the work on [V] arrays is one law per visited node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from runtime.sampling import Dice, Law, SamplingConfig, argmax, target_law
+from runtime.tree import DraftTree
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Accepted nodes from the root's child down (maybe none), then the target's own token."""
+
+    path: list[int]
+    bonus: int
+
+
+def verify(
+    tree: DraftTree, logits: npt.NDArray[np.float32], config: SamplingConfig, dice: Dice
+) -> Verdict:
+    """Verify a tree against the target's logits [N, V], one row per node. Ties: lower id."""
+    if config.greedy:
+        return verify_greedy(tree, lambda node: argmax(logits[node]))
+    return verify_sampling(tree, lambda node: target_law(logits[node], config), dice)
+
+
+def verify_greedy(tree: DraftTree, best_at: Callable[[int], int]) -> Verdict:
+    """Follow the child that equals the target's best token, as far as there is one.
+
+    `best_at(node)` is the target's argmax after `node`; it is called along the path only.
+    """
+    children = tree.children()
+    path: list[int] = []
+    node = 0
+    while True:
+        best = best_at(node)
+        match = [child for child in children[node] if tree.tokens[child] == best]
+        if not match:
+            return Verdict(path, best)
+        node = match[0]
+        path.append(node)
+
+
+def verify_sampling(tree: DraftTree, law_at: Callable[[int], Law], dice: Dice) -> Verdict:
+    """Walk down the tree as far as the dice accept (see the module's first lines).
+
+    `law_at(node)` is the law of the token after `node`; the array is used up here.
+    """
+    children = tree.children()
+    path: list[int] = []
+    node = 0
+    while True:
+        law = law_at(node)
+        accepted = _try_siblings(tree.tokens, children[node], law, dice)
+        if accepted is None:
+            return Verdict(path, dice.pick(law))
+        node = accepted
+        path.append(node)
+
+
+def _try_siblings(
+    tokens: Sequence[int], siblings: Sequence[int], law: Law, dice: Dice
+) -> int | None:
+    """The accepted sibling, or None; then `law` holds the residual (not normalised).
+
+    The sum is taken afresh for every sibling: when only x is left, it is p(x) itself, the chance
+    is exactly 1, and a residual without mass is never reached. Nor is a token tried twice.
+    """
+    for node in siblings:
+        weight = law[tokens[node]]
+        if weight <= 0:
+            continue
+        if dice.flip(weight / law.sum()):
+            return node
+        law[tokens[node]] = 0
+    return None

@@ -2,3 +2,8 @@
 
 Imports only from `export` and `drafter`.
 """
+
+from engines.backends import BACKENDS, build_engines, open_engines
+from engines.base import Engine, EngineManifest, EngineSet
+
+__all__ = ["BACKENDS", "Engine", "EngineManifest", "EngineSet", "build_engines", "open_engines"]

@@ -1,0 +1,172 @@
+"""The registry of backends, and building and opening engine folders with them.
+
+A backend is a row of `BACKENDS`: how to build its files and how to open them. Modules are imported when used, so a
+machine needs only what its backend needs.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from drafter.artifact import Manifest, fingerprint, is_up_to_date, read_artifact, write_artifact
+from drafter.config import DrafterConfig, TargetConfig
+from drafter.errors import UsageError
+from engines.base import DEFAULT_TREE, KIND, MEND, Engine, EngineManifest, EngineSet
+from engines.machine import physical_cores
+from export.contract import CONTRACT_VERSION, GRAPHS, GraphName, contracts
+from export.model import KIND as EXPORT_KIND
+from export.model import MEND as EXPORT_MEND
+from export.model import TOKENIZER_FILES
+
+Build = Callable[[Path, Path, str], None]
+Open = Callable[[EngineManifest, int], dict[GraphName, Engine]]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """`build(export_folder, out, precision)` fills a folder; `open(manifest, threads)` makes its engines."""
+
+    precisions: tuple[str, ...]
+    package: str
+    build: Build
+    open: Open
+
+
+def _build_onnxruntime(export_folder: Path, out: Path, precision: str) -> None:
+    from engines.onnxruntime_build import build_graphs
+
+    build_graphs(export_folder, out, precision)
+
+
+def _open_onnxruntime(manifest: EngineManifest, threads: int) -> dict[GraphName, Engine]:
+    from engines.onnxruntime import open_engine
+
+    found = contracts(manifest.target, manifest.drafter)
+    return {g: open_engine(manifest.folder / f"{g}.onnx", found[g], threads) for g in GRAPHS}
+
+
+BACKENDS: dict[str, Backend] = {
+    "onnxruntime": Backend(("fp32", "int8"), "onnxruntime", _build_onnxruntime, _open_onnxruntime),
+}
+
+
+def build_engines(
+    export_folder: Path,
+    out: Path,
+    backend: str = "onnxruntime",
+    precision: str = "fp32",
+    threads: int | None = None,
+    tree: Mapping[str, int] | None = None,
+    *,
+    progress: Callable[[str, float], None] | None = None,
+) -> Manifest:
+    """Build, self-check and write the engine artifact `out`; an unchanged one is kept.
+
+    Raises UsageError for an unknown backend or precision or a damaged export, CheckFailed for a wrong engine.
+    """
+    tell = progress or (lambda _what, _share: None)
+    chosen = find_backend(backend)
+    if precision not in chosen.precisions:
+        raise UsageError(
+            f"Precision {precision!r} is unknown to backend {backend}; use {' or '.join(chosen.precisions)}."
+        )
+    tell("checking the export", 0.0)
+    exported = read_artifact(export_folder, EXPORT_KIND, verify=True, mend=EXPORT_MEND)
+    inputs = {"export": fingerprint(exported)}
+    arguments = {"backend": backend, "precision": precision, "contract": CONTRACT_VERSION}
+    data = engine_data(exported, backend, precision, {**DEFAULT_TREE, **(tree or {})})
+    if _unchanged(out, chosen, inputs, arguments, data):
+        tell("up to date", 1.0)
+        return read_artifact(out, KIND, verify=False, mend=MEND)
+    with write_artifact(out, KIND, exported.name, inputs, arguments, data) as folder:
+        tell(f"building {backend} {precision}", 0.2)
+        chosen.build(export_folder, folder, precision)
+        for file in TOKENIZER_FILES:
+            if (export_folder / file).exists():
+                shutil.copyfile(export_folder / file, folder / file)
+    tell("built", 1.0)
+    return read_artifact(out, KIND, verify=False, mend=MEND)
+
+
+def open_engines(folder: Path, *, threads: int | None = None, verify: bool = False) -> EngineSet:
+    """Open an engine folder. `verify` compares every hash; else sizes only.
+
+    `threads` defaults to the physical cores this process may use. Raises UsageError where the folder is not an intact
+    engine of this contract and of the installed backend version.
+    """
+    manifest = read_artifact(folder, KIND, verify=True if verify else "size", mend=MEND)
+    described = EngineManifest(**manifest.data, folder=folder.resolve())
+    backend = find_backend(described.backend)
+    _check_versions(manifest, backend, folder)
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads is {threads}; it must be at least 1.")
+    engines = backend.open(described, threads or physical_cores())
+    return EngineSet(
+        engines["target"], engines["drafter_extend"], engines["drafter_step"], described
+    )
+
+
+def find_backend(name: str) -> Backend:
+    """The backend called `name`. Raises UsageError."""
+    if name not in BACKENDS:
+        raise UsageError(f"Backend {name!r} is unknown; known: {', '.join(sorted(BACKENDS))}.")
+    return BACKENDS[name]
+
+
+def engine_data(
+    exported: Manifest, backend: str, precision: str, tree: Mapping[str, int]
+) -> dict[str, Any]:
+    """The `data` of an engine manifest: the fields of `EngineManifest` but its folder."""
+    target = TargetConfig.model_validate(exported.data["target"])
+    drafter = DrafterConfig.model_validate(exported.data["drafter"])
+    return {
+        "target": target.model_dump(mode="json"),
+        "drafter": drafter.model_dump(mode="json"),
+        "taps": list(drafter.taps),
+        "top_k": drafter.top_k,
+        "max_context": min(target.max_positions, drafter.max_positions),
+        "vocab_size": target.vocab_size,
+        "backend": backend,
+        "precision": precision,
+        "tree": dict(tree),
+    }
+
+
+def _unchanged(
+    out: Path,
+    backend: Backend,
+    inputs: dict[str, str],
+    arguments: dict[str, Any],
+    data: dict[str, Any],
+) -> bool:
+    if not is_up_to_date(out, KIND, inputs, arguments, verify="size"):
+        return False
+    manifest = read_artifact(out, KIND, verify=False)
+    return manifest.data == data and _version_found(manifest, backend) == _installed(backend)
+
+
+def _check_versions(manifest: Manifest, backend: Backend, folder: Path) -> None:
+    contract = manifest.arguments.get("contract")
+    if contract != CONTRACT_VERSION:
+        raise UsageError(
+            f"{folder} was built for graph contract {contract}, this version needs {CONTRACT_VERSION}; run `{MEND}`."
+        )
+    found, needed = _version_found(manifest, backend), _installed(backend)
+    if found != needed:
+        raise UsageError(
+            f"{folder} was built with {backend.package} {found}, installed is {needed}; run `{MEND}`."
+        )
+
+
+def _version_found(manifest: Manifest, backend: Backend) -> str | None:
+    return manifest.versions.get(backend.package)
+
+
+def _installed(backend: Backend) -> str | None:
+    from drafter.artifact import package_versions
+
+    return package_versions().get(backend.package)

@@ -1,0 +1,50 @@
+"""Build engines for ONNX Runtime: optimise each exported graph once, off line, and store its weights shared.
+
+Optimisation stops at the "extended" level: it fuses nodes but lays nothing out for one particular processor.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import onnx_ir as ir
+import onnxruntime as ort
+
+from engines.onnxruntime import open_session, session_options
+from export.contract import GRAPHS
+from export.onnx_files import WEIGHTS, WeightFile, save_graph
+
+_SCRATCH = "optimised"
+
+
+def build_graphs(export_folder: Path, out: Path, precision: str) -> None:
+    """Write the three optimised graphs and their weight file into `out`, an empty folder.
+
+    Raises UsageError when a graph cannot be loaded.
+    """
+    models = {graph: optimised(export_folder / f"{graph}.onnx", out) for graph in GRAPHS}
+    if precision == "int8":
+        from engines.int8 import quantise
+
+        for model in models.values():
+            quantise(model)
+    weights = WeightFile(out / WEIGHTS)
+    for graph, model in models.items():
+        save_graph(model, out / f"{graph}.onnx", weights)
+    shutil.rmtree(out / _SCRATCH)
+
+
+def optimised(path: Path, out: Path) -> ir.Model:
+    """The graph of `path` after ONNX Runtime's offline optimisation; its weights lie in a scratch folder of `out`."""
+    folder = out / _SCRATCH
+    folder.mkdir(exist_ok=True)
+    options = session_options(threads=1)
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(folder / path.name)
+    data = f"{path.stem}.bin"
+    options.add_session_config_entry(
+        "session.optimized_model_external_initializers_file_name", data
+    )
+    open_session(path, options)
+    return ir.load(folder / path.name)

@@ -1,0 +1,107 @@
+"""The `drafter_extend` and `drafter_step` graphs: the EAGLE-3 layer and the head, flat signatures."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from drafter.eagle3 import Drafter
+from export.contract import drafter_contract
+from export.head import attach_function, head_node
+from export.layers import OnnxAttention, OnnxMLP, Projection, frozen, gather_rows, rope_half_tables
+from export.trace import EMBEDDING, HEAD_ROWS, rename_weight, trace
+
+
+class DrafterGraph(nn.Module):
+    """What both entry points share. Embedding and head rows are the target's, under the target's names."""
+
+    def __init__(self, drafter: Drafter, target_rows: Tensor, tied: bool) -> None:
+        super().__init__()
+        layer = drafter.midlayer
+        self.embed_tokens = nn.Module()
+        self.embed_tokens.weight = frozen(drafter.target_embedding[0])
+        rows = self.embed_tokens.weight if tied else frozen(target_rows)
+        self.input_layernorm = layer.input_layernorm
+        self.hidden_norm = layer.hidden_norm
+        self.post_attention_layernorm = layer.post_attention_layernorm
+        self.self_attn = OnnxAttention(layer.self_attn)
+        self.mlp = OnnxMLP(layer.mlp)
+        self.norm = drafter.norm
+        self.head = head_node(drafter, rows)  # type: ignore[arg-type]
+        self.register_buffer("inverse", drafter.inverse)
+        self.inverse: Tensor
+
+    def attend(
+        self,
+        input_ids: Tensor,
+        hidden: Tensor,
+        position_ids: Tensor,
+        mask: Tensor,
+        past: list[Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Residual plus attention [B, T, H] and the new cache rows [B, T, KV]."""
+        embeds = nn.functional.embedding(input_ids, self.embed_tokens.weight)  # type: ignore[arg-type]
+        cos, sin = rope_half_tables(self.inverse, position_ids)
+        u = torch.cat((self.input_layernorm(embeds), self.hidden_norm(hidden)), dim=-1)
+        attended, key, value = self.self_attn(u, cos, sin, mask, past[0], past[1])
+        return hidden + attended, key, value
+
+    def finish(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """MLP and head of the rows wanted: [B, R, H] -> log-probs, ids, log-sum-exp, state."""
+        state = a + self.mlp(self.post_attention_layernorm(a))  # [B, R, H]
+        log_probs, ids, log_sum_exp = self.head(self.norm(state))
+        return log_probs, ids, log_sum_exp, state
+
+
+class ExtendGraph(DrafterGraph):
+    """`extend`: target taps fused by `fc`; only the wanted rows pass the MLP and the head."""
+
+    def __init__(self, drafter: Drafter, target_rows: Tensor, tied: bool) -> None:
+        super().__init__(drafter, target_rows, tied)
+        self.fc = Projection(drafter.fc)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        taps: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor,
+        rows: Tensor,
+        past: list[Tensor],
+    ) -> tuple[Tensor, ...]:
+        a, key, value = self.attend(input_ids, self.fc(taps), position_ids, attention_mask, past)
+        return *self.finish(gather_rows(a, rows)), key, value
+
+
+class StepGraph(DrafterGraph):
+    """`step`: the parents' own states; every row is wanted."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        parent_state: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor,
+        past: list[Tensor],
+    ) -> tuple[Tensor, ...]:
+        a, key, value = self.attend(input_ids, parent_state, position_ids, attention_mask, past)
+        return *self.finish(a), key, value
+
+
+def trace_drafter(
+    drafter: Drafter, target_rows: Tensor, *, tied: bool, kind: Literal["extend", "step"]
+) -> ir.Model:
+    """One drafter graph as an ONNX model in memory.
+
+    `target_rows` [V, Ht] are the target's head rows; `tied` says that they are its embedding, in which case the
+    graph holds them once. Weights are views of the drafter's and the target's.
+    """
+    graph = (ExtendGraph if kind == "extend" else StepGraph)(drafter, target_rows, tied)
+    model = trace(graph, drafter_contract(drafter.config, kind))
+    attach_function(model, graph.head.function())
+    rename_weight(model, target_rows, HEAD_ROWS)
+    rename_weight(model, drafter.target_embedding[0], EMBEDDING)  # last: the name when tied
+    return model

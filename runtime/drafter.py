@@ -94,7 +94,7 @@ class EngineDrafter:
         position = self._slots - 1 + frontier.depth
         feeds = {
             "input_ids": torch.tensor([frontier.tokens], dtype=torch.int64),
-            "state": self._state.index_select(1, torch.tensor(frontier.parent_rows)),
+            "parent_state": self._state.index_select(1, torch.tensor(frontier.parent_rows)),
             "position_ids": torch.full((1, count), position),
             "attention_mask": attention_mask(self._slots, among),
             **self._cache.past(),

@@ -23,7 +23,7 @@ from drafter.errors import CheckFailed, UsageError
 Law = npt.NDArray[np.float64]  # [V], sums to 1 (up to rounding)
 Logits = npt.NDArray[np.float32]  # [V]
 
-_NUCLEUS_START = 64  # how many leading tokens top-p looks at first, before it looks at more
+_FIRST_BAR, _LAST_BAR = 2.0**-6, 2.0**-30  # probabilities between which top-p lowers its bar
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,19 +131,18 @@ def _top_k_ids(logits: Logits, k: int) -> npt.NDArray[np.int64] | None:
 def _nucleus(probs: Law, top_p: float) -> npt.NDArray[np.bool_]:
     """Which tokens make up the smallest leading set of mass >= top_p (ties: lower id first).
 
-    Sorts only the leading tokens, taking more of them until their mass is enough.
+    Sorts only tokens above a bar, lowered until their mass is enough: at most 1/bar pass it.
     """
-    count = probs.shape[0]
-    size = min(_NUCLEUS_START, count)
+    bar = _FIRST_BAR
     while True:
-        # All tokens at least as probable as the size-th: equals are never split by the partition.
-        leading = np.flatnonzero(probs >= np.partition(probs, count - size)[count - size])
-        leading = leading[np.argsort(-probs[leading], kind="stable")]
-        mass = np.cumsum(probs[leading])
-        if mass[-1] >= top_p or leading.shape[0] == count:
-            break
-        size = min(size * 8, count)
-    keep = np.zeros(count, dtype=np.bool_)
+        leading = np.flatnonzero(probs >= bar)
+        if bar == 0.0 or probs[leading].sum() >= top_p:
+            leading = leading[np.argsort(-probs[leading], kind="stable")]
+            mass = np.cumsum(probs[leading])
+            if bar == 0.0 or mass[-1] >= top_p:  # the two sums may round differently
+                break
+        bar = bar / 16 if bar > _LAST_BAR else 0.0
+    keep = np.zeros(probs.shape[0], dtype=np.bool_)
     keep[leading[: int(np.searchsorted(mass, top_p, side="left")) + 1]] = True
     return keep
 

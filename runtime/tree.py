@@ -13,7 +13,6 @@ is what lets verification treat every node as a point mass and stay lossless.
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -175,7 +174,7 @@ class _Pool:
             tokens, log_probs = proposals.tokens[row], proposals.log_probs[row]
             for token, log_prob in zip(tokens[:width], log_probs[:width], strict=True):
                 # Rounding may lift a log-prob above 0; a child must never outscore its parent.
-                score = base + min(log_prob, 0.0)
+                score = base if log_prob > 0 else base + log_prob
                 if math.isnan(score):
                     raise CheckFailed(
                         f"the drafter's log-probability of token {token} is not a number; "
@@ -194,15 +193,15 @@ class _Pool:
         Once `budget` candidates exist, a node not above the worst of the best `budget` is left out:
         its children, later in flat order and not above it, could not enter the tree.
         """
-        best = heapq.nsmallest(self.config.width, level, key=self._rank)
+        best = self._best(level, self.config.width)
         if len(self.scores) < self.config.budget:
             return best
-        bar = heapq.nlargest(self.config.budget, self.scores)[-1]
+        bar = sorted(self.scores, reverse=True)[self.config.budget - 1]
         return [node for node in best if self.scores[node] > bar]
 
     def selected(self, root: int) -> DraftTree:
         """The best `budget` candidates under the root, in flat order."""
-        kept = sorted(heapq.nsmallest(self.config.budget, range(len(self.tokens)), key=self._rank))
+        kept = sorted(self._best(range(len(self.tokens)), self.config.budget))
         node_of = {-1: 0} | {flat: node for node, flat in enumerate(kept, start=1)}
         return DraftTree(
             tokens=[root] + [self.tokens[flat] for flat in kept],
@@ -211,8 +210,9 @@ class _Pool:
             scores=[0.0] + [self.scores[flat] for flat in kept],
         )
 
-    def _rank(self, flat: int) -> tuple[float, int]:
-        return -self.scores[flat], flat
+    def _best(self, candidates: range, count: int) -> list[int]:
+        """The `count` best by score. Python's sort is stable, reversed too: ties keep order."""
+        return sorted(candidates, key=self.scores.__getitem__, reverse=True)[:count]
 
 
 def grow(root: int, first: Proposals, expand: Expand, config: TreeConfig) -> DraftTree:

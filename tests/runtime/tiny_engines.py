@@ -18,6 +18,7 @@ from torch import Tensor
 from drafter.config import DrafterConfig, TargetConfig, drafter_config_for
 from drafter.decoder import TargetDecoder, rope_tables
 from drafter.eagle3 import Drafter
+from export.contract import GraphContract, drafter_contract, target_contract
 from runtime.drafter import EngineDrafter
 from runtime.target import EngineTarget
 
@@ -39,14 +40,13 @@ class TinyEngine:
 
     def __init__(
         self,
-        name: str,
-        inputs: tuple[str, ...],
-        outputs: tuple[str, ...],
+        contract: GraphContract,
         compute: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
     ) -> None:
-        self.name = name
-        self.input_names = inputs
-        self.output_names = outputs
+        self.name: str = contract.name
+        self.input_names = tuple(spec.name for spec in contract.inputs)
+        self.output_names = tuple(spec.name for spec in contract.outputs)
+        self.contract = contract
         self.calls: list[dict[str, Tensor]] = []
         self._compute = compute
         self._last: dict[str, Tensor] = {}
@@ -56,17 +56,13 @@ class TinyEngine:
         """One pass."""
         assert set(feeds) == set(self.input_names)
         assert all(value.is_contiguous() for value in feeds.values())
-        steps = feeds["input_ids"].shape[1]
-        past = feeds["past_key_0"].shape[1]
-        assert feeds["attention_mask"].shape == (1, 1, steps, past + steps)
-        assert feeds["attention_mask"].dtype == torch.bool
-        assert feeds["position_ids"].shape == (1, steps)
-        assert feeds["position_ids"].dtype == torch.int64
+        assert self.contract.check(feeds)["B"] == 1
         self.calls.append({name: value.clone() for name, value in feeds.items()})
         outputs = self._compute(feeds)
         for stale in self._last.values():
             if stale.is_floating_point():
                 stale.fill_(float("nan"))
+        assert set(outputs) == set(self.output_names)
         self._last = outputs
         return outputs
 
@@ -106,10 +102,10 @@ def tiny(
         drafter_config = drafter_config_for(
             config, taps=TAPS, head="target", top_k=wanted, num_kv_heads=1, head_dim=width, rope={}
         )
-        extend, step = _twin(decoder, generator, noise, wanted)
+        extend, step = _twin(decoder, drafter_config, generator, noise)
     else:
         drafter_config = drafter_config_for(config, taps=TAPS, head="target", top_k=wanted)
-        extend, step = _eagle(decoder, drafter_config, generator, wanted)
+        extend, step = _eagle(decoder, drafter_config, generator)
     engine = _target_engine(decoder)
     engines = {"target": engine, "extend": extend, "step": step}
     return Tiny(
@@ -138,8 +134,6 @@ def _scatter(module: torch.nn.Module, generator: torch.Generator) -> None:
 
 def _target_engine(decoder: TargetDecoder) -> TinyEngine:
     layers = range(decoder.config.num_layers)
-    past = tuple(f"past_{kind}_{i}" for kind in ("key", "value") for i in layers)
-    new = tuple(f"new_{kind}_{i}" for kind in ("key", "value") for i in layers)
 
     def compute(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         out = decoder(
@@ -150,15 +144,15 @@ def _target_engine(decoder: TargetDecoder) -> TinyEngine:
             [feeds[f"past_value_{i}"] for i in layers],
         )
         logits = decoder.logits(out.states[:, feeds["rows"][0]])
-        rows = dict(zip(new, (*out.new_keys, *out.new_values), strict=True))
-        return {"logits": logits, "taps": out.taps, **rows}
+        keys = {f"new_key_{i}": rows for i, rows in enumerate(out.new_keys)}
+        values = {f"new_value_{i}": rows for i, rows in enumerate(out.new_values)}
+        return {"logits": logits, "taps": out.taps, **keys, **values}
 
-    inputs = ("input_ids", "position_ids", "attention_mask", "rows", *past)
-    return TinyEngine("target", inputs, ("logits", "taps", *new), compute)
+    return TinyEngine(target_contract(decoder.config, len(TAPS)), compute)
 
 
 def _top_k(scores: Tensor, k: int) -> dict[str, Tensor]:
-    """The head's outputs for scores [1, R, V]; ties to the lower id."""
+    """The head's outputs for scores [1, R, V], by a full sort; ties to the lower id."""
     total = scores.logsumexp(-1)
     values, ids = scores.sort(dim=-1, descending=True, stable=True)
     return {
@@ -169,27 +163,26 @@ def _top_k(scores: Tensor, k: int) -> dict[str, Tensor]:
 
 
 def _drafter_engines(
+    config: DrafterConfig,
     run: Callable[[Mapping[str, Tensor], Tensor, Tensor], dict[str, Tensor]],
     fuse: Callable[[Tensor], Tensor],
 ) -> tuple[TinyEngine, TinyEngine]:
     """`run(feeds, hidden, rows)` computes a pass whose features [1, T, H] are `hidden`."""
-    outputs = ("topk_logprobs", "topk_ids", "log_sum_exp", "state", "new_key_0", "new_value_0")
-    shared = ("input_ids", "position_ids", "attention_mask", "past_key_0", "past_value_0")
 
     def extend(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return run(feeds, fuse(feeds["taps"]), feeds["rows"][0])
 
     def step(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return run(feeds, feeds["state"], torch.arange(feeds["input_ids"].shape[1]))
+        return run(feeds, feeds["parent_state"], torch.arange(feeds["input_ids"].shape[1]))
 
     return (
-        TinyEngine("drafter_extend", (*shared, "taps", "rows"), outputs, extend),
-        TinyEngine("drafter_step", (*shared, "state"), outputs, step),
+        TinyEngine(drafter_contract(config, "extend"), extend),
+        TinyEngine(drafter_contract(config, "step"), step),
     )
 
 
 def _eagle(
-    decoder: TargetDecoder, config: DrafterConfig, generator: torch.Generator, k: int
+    decoder: TargetDecoder, config: DrafterConfig, generator: torch.Generator
 ) -> tuple[TinyEngine, TinyEngine]:
     model = Drafter(config, decoder.embed_tokens.weight, decoder.lm_head.weight)
     model.requires_grad_(False)
@@ -207,17 +200,17 @@ def _eagle(
         state = out.state[:, rows]
         scores = decoder.logits(model.head_input(state))
         return {
-            **_top_k(scores, k),
+            **_top_k(scores, config.top_k),
             "state": state,
             "new_key_0": out.new_key,
             "new_value_0": out.new_value,
         }
 
-    return _drafter_engines(run, model.fc)
+    return _drafter_engines(config, run, model.fc)
 
 
 def _twin(
-    decoder: TargetDecoder, generator: torch.Generator, noise: float, k: int
+    decoder: TargetDecoder, config: DrafterConfig, generator: torch.Generator, noise: float
 ) -> tuple[TinyEngine, TinyEngine]:
     """All of the target's layers as one drafter; their keys lie side by side in one cached row."""
     size, width = decoder.config.hidden_size, decoder.config.kv_size
@@ -238,10 +231,10 @@ def _twin(
         state = x[:, rows]
         scores = decoder.logits(decoder.norm(state)) + torch.tanh(state) @ disturb
         return {
-            **_top_k(scores, k),
+            **_top_k(scores, config.top_k),
             "state": state,
             "new_key_0": torch.cat(keys, -1),
             "new_value_0": torch.cat(values, -1),
         }
 
-    return _drafter_engines(run, lambda taps: taps @ fuse)
+    return _drafter_engines(config, run, lambda taps: taps @ fuse)

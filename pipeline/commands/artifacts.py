@@ -1,0 +1,133 @@
+"""`fetch`, `export`, `build-engine` and `check`: artifacts made and proved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pipeline.commands import options as o
+from pipeline.config import BuildOptions, RunOptions, options
+from pipeline.output import print_artifact, print_json, print_tables, print_text
+
+
+def fetch(target: o.Target = None, offline: o.Offline = False, as_json: o.Json = False) -> None:
+    """Get a target ready: downloaded, checked by hash, converted into the cache.
+
+    A damaged copy in the cache is made anew. Prints the target's folder.
+
+    \b
+    Examples:
+      pipeline fetch
+      pipeline fetch --target qwen2.5-coder-0.5b
+      pipeline fetch --target ./model.gguf
+    """
+    from pipeline.stages import fetch_target
+
+    name = options(RunOptions, target=target).target
+    found = fetch_target(name, offline=o.offline(offline), mend=True)
+    if as_json:
+        print_json(
+            {
+                "kind": "target",
+                "name": found.name,
+                "path": str(found.path),
+                "fingerprint": found.fingerprint,
+                "source": found.source,
+            }
+        )
+    else:
+        print_text(str(found.path))
+
+
+def export(
+    target: o.Target = None,
+    drafter: o.Drafter = None,
+    out: o.Out = None,
+    offline: o.Offline = False,
+    as_json: o.Json = False,
+) -> None:
+    """Write the target's and the drafter's graphs as ONNX. Prints the export folder.
+
+    \b
+    Examples:
+      pipeline export
+      pipeline export --target ./my-llama --drafter ./my-drafter --out ./export
+    """
+    from pipeline.stages import export_stage, fetch_target, find_drafter
+
+    found = fetch_target(options(RunOptions, target=target).target, offline=o.offline(offline))
+    report = export_stage(found, find_drafter(found, drafter), out)
+    print_artifact(report, as_json)
+
+
+def build_engine(
+    export: Annotated[
+        Path | None, o.option("--export", help="Export folder.", default="the one made last")
+    ] = None,
+    backend: o.Backend = None,
+    precision: o.Precision = None,
+    threads: o.Threads = None,
+    depth: o.Depth = None,
+    width: o.Width = None,
+    budget: o.Budget = None,
+    out: o.Out = None,
+    as_json: o.Json = False,
+) -> None:
+    """Build an engine from an export, self-check included. Prints the engine folder.
+
+    The draft tree given here becomes the engine's default.
+
+    \b
+    Examples:
+      pipeline build-engine
+      pipeline build-engine --precision int8
+      pipeline build-engine --export ./export --backend torch --out ./engine
+    """
+    from pipeline.stages import build_stage
+    from pipeline.workspace import last_export
+
+    chosen = options(
+        BuildOptions,
+        backend=backend,
+        precision=precision,
+        threads=threads,
+        depth=depth,
+        width=width,
+        budget=budget,
+    )
+    report = build_stage(export or last_export(), chosen, out)
+    print_artifact(report, as_json)
+
+
+def check(
+    engine: o.EngineDir = None,
+    target: Annotated[
+        str | None, o.option("--target", help="The target.", default="what the engine came from")
+    ] = None,
+    drafter: Annotated[
+        str | None, o.option("--drafter", help="The drafter.", default="what the engine came from")
+    ] = None,
+    export: Annotated[
+        Path | None, o.option("--export", help="The export.", default="what the engine came from")
+    ] = None,
+    offline: o.Offline = False,
+    as_json: o.Json = False,
+) -> None:
+    """Compare PyTorch, ONNX and engine, graph by graph. Exit code 1 beyond tolerance.
+
+    \b
+    Examples:
+      pipeline check
+      pipeline check --engine ./engine --target ./my-llama --drafter ./my-drafter --json
+    """
+    from pipeline.reports import require_parity
+    from pipeline.stages import check_stage
+    from pipeline.tables import parity_table
+    from pipeline.workspace import last_engine
+
+    report = check_stage(engine or last_engine(), target, drafter, export, o.offline(offline))
+    if as_json:
+        print_json(report.to_json())
+    else:
+        print_tables(parity_table(report.parity))
+    require_parity(report.parity)

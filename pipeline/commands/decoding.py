@@ -1,0 +1,229 @@
+"""`generate`, `evaluate` and `serve`: an engine at work."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from drafter.errors import UsageError
+from pipeline.commands import options as o
+from pipeline.config import DecodeOptions, TreeOptions, options
+from pipeline.output import check_writable, print_json, print_tables, print_text, write_lines
+
+if TYPE_CHECKING:
+    from runtime.generator import Generator
+    from runtime.tree import TreeConfig
+
+Prompt = Annotated[
+    str | None, o.option("--prompt", help="The user's message; '-' reads it from standard input.")
+]
+Stop = Annotated[
+    list[str] | None, o.option("--stop", help="End before this text; may be given several times.")
+]
+TopK = Annotated[int, o.option("--top-k", help="Keep the k likeliest tokens; 0 is off.")]
+TopP = Annotated[float, o.option("--top-p", help="Keep the likeliest tokens of mass p; 1 is off.")]
+MinP = Annotated[float, o.option("--min-p", help="Drop tokens below p times the best; 0 is off.")]
+
+
+def generate(
+    prompt: Prompt = None,
+    engine: o.EngineDir = None,
+    max_tokens: o.MaxTokens = None,
+    temperature: o.Temperature = None,
+    seed: o.Seed = None,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    stop: Stop = None,
+    system: Annotated[str | None, o.option("--system", help="A system message before it.")] = None,
+    raw: Annotated[bool, o.option("--raw", help="No chat template: continue the text.")] = False,
+    no_speculation: Annotated[
+        bool, o.option("--no-speculation", help="Plain decoding on the same engine.")
+    ] = False,
+    depth: o.Depth = None,
+    width: o.Width = None,
+    budget: o.Budget = None,
+    threads: o.Threads = None,
+    as_json: o.Json = False,
+) -> None:
+    """Answer one prompt. The text streams to standard output.
+
+    \b
+    Examples:
+      pipeline generate --prompt "Why is the sky blue?"
+      pipeline generate --prompt "A short poem" --temperature 0.8 --seed 7 --max-tokens 60
+      pipeline generate --prompt "Hello" --no-speculation --json
+    """
+    from pipeline.workspace import last_engine
+    from runtime.generator import Generator
+
+    decode = options(DecodeOptions, max_tokens=max_tokens, temperature=temperature, seed=seed)
+    tree = options(TreeOptions, depth=depth, width=width, budget=budget)
+    asked = _prompt(prompt, system, raw)
+    generator = Generator.load(engine or last_engine(), threads=threads)
+    pieces = generator.stream(
+        asked,
+        max_tokens=decode.max_tokens,
+        temperature=decode.temperature,
+        seed=decode.seed,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        stop=stop or (),
+        speculate=not no_speculation,
+        tree=_tree(generator, tree),
+        raw=raw,
+    )
+    for piece in pieces:
+        if not as_json:
+            sys.stdout.write(piece.text)
+            sys.stdout.flush()
+    assert piece.completion is not None  # the last piece has it
+    if as_json:
+        print_json(piece.completion.to_json())
+    else:
+        print_text("")
+
+
+def evaluate(
+    prompts: Annotated[
+        Path | None,
+        o.option(
+            "--prompts",
+            help='JSONL file, one {"prompt": "..."} a line.',
+            default="40 first turns of MT-Bench",
+        ),
+    ] = None,
+    engine: o.EngineDir = None,
+    max_tokens: o.MaxTokens = None,
+    temperature: o.Temperature = None,
+    seed: o.Seed = None,
+    depth: o.Depth = None,
+    width: o.Width = None,
+    budget: o.Budget = None,
+    threads: o.Threads = None,
+    details: Annotated[
+        Path | None, o.option("--details", help="JSONL file for the figures of every prompt.")
+    ] = None,
+    as_json: o.Json = False,
+) -> None:
+    """Measure plain against speculative decoding on one engine, interleaved, prompt by prompt.
+
+    Exit code 1 where greedy texts differ in fp32.
+
+    \b
+    Examples:
+      pipeline evaluate --max-tokens 128
+      pipeline evaluate --prompts my.jsonl --budget 12 --details out.jsonl --json
+    """
+    from pipeline.evaluate import evaluate as measure
+    from pipeline.evaluate import summarise
+    from pipeline.progress import progress
+    from pipeline.prompts import mt_bench_prompts, read_prompts
+    from pipeline.run import check_identical
+    from pipeline.tables import decode_table, time_table
+    from pipeline.workspace import last_engine
+    from runtime.generator import Generator
+
+    decode = options(DecodeOptions, max_tokens=max_tokens, temperature=temperature, seed=seed)
+    tree = options(TreeOptions, depth=depth, width=width, budget=budget)
+    if details is not None:
+        check_writable(details)
+    folder = engine or last_engine()
+    chosen = mt_bench_prompts() if prompts is None else read_prompts(prompts)
+    generator = Generator.load(folder, threads=threads)
+    with progress("evaluate") as tell:
+        pairs = measure(generator, chosen, decode, tell, _tree(generator, tree))
+    report = summarise(pairs)
+    if details is not None:
+        write_lines(details, [pair.to_json() for pair in pairs])
+    if as_json:
+        print_json(report.to_json())
+    else:
+        print_tables(decode_table(report, pairs, chosen.title), time_table(pairs))
+    check_identical(report, _precision(folder), decode.temperature)
+
+
+def serve(
+    engine: o.EngineDir = None,
+    host: Annotated[str | None, o.option("--host", help="Address.", default="127.0.0.1")] = None,
+    port: Annotated[int | None, o.option("--port", help="Port.", default="8000")] = None,
+    model_name: Annotated[
+        str | None,
+        o.option("--model-name", help="Name in /v1/models.", default="the engine folder's"),
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        o.option(
+            "--api-key",
+            help="Key that clients must send; better in SLIMSPEC_API_KEY, where ps cannot see it.",
+        ),
+    ] = None,
+    max_queue: Annotated[
+        int | None, o.option("--max-queue", help="Waiting requests before 429.", default="16")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, o.option("--max-tokens", help="Most a request may ask for.", default="4096")
+    ] = None,
+    no_speculation: Annotated[
+        bool, o.option("--no-speculation", help="Plain decoding only.")
+    ] = False,
+    threads: o.Threads = None,
+) -> None:
+    """Serve an engine over HTTP, OpenAI-compatible: /v1/chat/completions, /v1/completions,
+    /v1/models, /health, /metrics. Ctrl-C ends it after the running request.
+
+    \b
+    Examples:
+      pipeline serve
+      SLIMSPEC_API_KEY=secret pipeline serve --host 0.0.0.0 --port 8080
+    """
+    from pipeline.workspace import last_engine
+    from runtime.server import ServerSettings
+    from runtime.server import serve as run_server
+
+    given: dict[str, Any] = {
+        "host": host,
+        "port": port,
+        "model_name": model_name,
+        "api_key": api_key,
+        "max_queue": max_queue,
+        "max_tokens_limit": max_tokens,
+        "threads": threads,
+        "speculate": not no_speculation,
+    }
+    settings = ServerSettings.from_options(**{k: v for k, v in given.items() if v is not None})
+    run_server(engine or last_engine(), settings)
+
+
+def _prompt(prompt: str | None, system: str | None, raw: bool) -> str | list[dict[str, str]]:
+    if prompt is None:
+        raise UsageError(
+            "no prompt was given; use --prompt TEXT, or --prompt - for standard input."
+        )
+    if prompt == "-":
+        try:
+            prompt = sys.stdin.buffer.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UsageError(f"standard input is not UTF-8 text (byte {error.start}).") from None
+    if not prompt.strip():
+        raise UsageError("the prompt is empty; it must hold at least one visible character.")
+    if system is None:
+        return prompt
+    if raw:
+        raise UsageError("--system needs the chat template, which --raw leaves out; drop one.")
+    return [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
+
+
+def _tree(generator: Generator, chosen: TreeOptions) -> TreeConfig:
+    """The engine's tree with the values given on the command line."""
+    from dataclasses import replace
+
+    return replace(generator.tree, **chosen.chosen())
+
+
+def _precision(engine: Path) -> str:
+    from drafter.artifact import read_artifact
+
+    return str(read_artifact(engine, "engine", verify=False).arguments.get("precision"))

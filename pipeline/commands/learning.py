@@ -1,0 +1,240 @@
+"""`corpus` and `train`: a drafter of one's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from drafter.errors import UsageError
+from pipeline.commands import options as o
+from pipeline.config import CorpusOptions, DrafterOptions, TrainOptions, default, options
+from pipeline.output import print_artifact
+
+
+def corpus(
+    target: o.Target = None,
+    prompts: Annotated[
+        Path | None,
+        o.option(
+            "--prompts",
+            help='JSONL file, one {"prompt": "..."} a line; without it the target writes them.',
+        ),
+    ] = None,
+    count: Annotated[
+        int | None,
+        o.option("--count", help="Dialogues.", default=default(CorpusOptions, "count")),
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        o.option(
+            "--max-tokens",
+            help="Most tokens of an answer.",
+            default=default(CorpusOptions, "max_tokens"),
+        ),
+    ] = None,
+    temperatures: Annotated[
+        str | None,
+        o.option(
+            "--temperatures",
+            help="Taken in turn, comma-separated.",
+            default=default(CorpusOptions, "temperatures"),
+        ),
+    ] = None,
+    batch: Annotated[
+        int | None,
+        o.option("--batch", help="Answers at a time.", default=default(CorpusOptions, "batch")),
+    ] = None,
+    seed: Annotated[
+        int | None, o.option("--seed", help="Seed.", default=default(CorpusOptions, "seed"))
+    ] = None,
+    out: o.Out = None,
+    config: o.Config = None,
+    offline: o.Offline = False,
+    as_json: o.Json = False,
+) -> None:
+    """Let the target answer prompts: the on-policy corpus a drafter learns from.
+
+    A stopped run goes on with the next shard. Prints the corpus folder.
+
+    \b
+    Examples:
+      pipeline corpus --count 2000
+      pipeline corpus --prompts questions.jsonl --max-tokens 400 --out ./corpus
+    """
+    from pipeline.corpora import corpus_stage
+
+    chosen = options(
+        CorpusOptions,
+        config,
+        target=target,
+        prompts=prompts,
+        count=count,
+        max_tokens=max_tokens,
+        temperatures=_numbers(temperatures, float, "--temperatures"),
+        batch=batch,
+        seed=seed,
+        out=out,
+    )
+    print_artifact(corpus_stage(chosen, o.offline(offline)), as_json)
+
+
+def train(
+    target: o.Target = None,
+    corpus: Annotated[
+        Path | None,
+        o.option("--corpus", help="Corpus folder.", default="the one `pipeline corpus` made"),
+    ] = None,
+    dialogues: Annotated[
+        Path | None,
+        o.option("--dialogues", help="JSONL file (or .gz) of prompt_ids and response_ids instead."),
+    ] = None,
+    head: Annotated[
+        str | None,
+        o.option(
+            "--head", help="low_rank, dense or target.", default=default(DrafterOptions, "head")
+        ),
+    ] = None,
+    rank: Annotated[int | None, o.option("--rank", help="Rank r.", default="d/8")] = None,
+    rescore: Annotated[
+        int | None,
+        o.option(
+            "--rescore",
+            help="Candidates scored exactly with the target's rows; 0 is off.",
+            default=default(DrafterOptions, "rescore"),
+        ),
+    ] = None,
+    head_init: Annotated[
+        str | None,
+        o.option(
+            "--head-init",
+            help="activation-pca or random.",
+            default=default(DrafterOptions, "head_init"),
+        ),
+    ] = None,
+    from_target: Annotated[
+        bool | None,
+        o.option(
+            "--from-target/--from-random",
+            help="Start the layer from the target's last one.",
+            default="from-target",
+        ),
+    ] = None,
+    taps: Annotated[
+        str | None,
+        o.option(
+            "--taps", help="Layers whose inputs are read, comma-separated.", default="2,n//2,n-3"
+        ),
+    ] = None,
+    holdout: Annotated[
+        float | None,
+        o.option(
+            "--holdout",
+            help="Share of documents held out.",
+            default=default(TrainOptions, "holdout"),
+        ),
+    ] = None,
+    epochs: Annotated[int | None, o.option("--epochs", help="Passes.", default="10")] = None,
+    batch_tokens: Annotated[
+        int | None, o.option("--batch-tokens", help="Tokens per step.", default="4096")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, o.option("--learning-rate", help="AdamW's peak rate.", default="0.001")
+    ] = None,
+    final_rate: Annotated[
+        float | None,
+        o.option("--final-rate", help="Share of it at the end of the cosine.", default="0.02"),
+    ] = None,
+    warmup_steps: Annotated[
+        int | None, o.option("--warmup-steps", help="Linear warm-up.", default="50")
+    ] = None,
+    clip: Annotated[
+        float | None, o.option("--clip", help="Largest gradient norm.", default="0.5")
+    ] = None,
+    draft_steps: Annotated[
+        int | None, o.option("--draft-steps", help="Steps of the unroll.", default="4")
+    ] = None,
+    decay: Annotated[
+        float | None, o.option("--decay", help="Weight of each step by the last.", default="0.8")
+    ] = None,
+    loss: Annotated[str | None, o.option("--loss", help="kl or lk_hybrid.", default="kl")] = None,
+    sampled_rows: Annotated[
+        int | None,
+        o.option("--sampled-rows", help="Vocabulary rows per step; 0 is all.", default="1024"),
+    ] = None,
+    precision: Annotated[
+        str | None, o.option("--precision", help="fp32 or bf16.", default="bf16")
+    ] = None,
+    seed: Annotated[int | None, o.option("--seed", help="Seed.", default="0")] = None,
+    checkpoint_minutes: Annotated[
+        float | None,
+        o.option("--checkpoint-minutes", help="Minutes between saved states.", default="5.0"),
+    ] = None,
+    run: Annotated[
+        Path | None,
+        o.option("--run", help="Folder of the run's states.", default="in the cache's workspace"),
+    ] = None,
+    out: o.Out = None,
+    config: o.Config = None,
+    offline: o.Offline = False,
+    as_json: o.Json = False,
+) -> None:
+    """Train a drafter for a target: capture, training, acceptance on held-out dialogues.
+
+    A stopped run goes on from its last saved state. Prints the drafter folder.
+
+    \b
+    Examples:
+      pipeline train --dialogues corpus.jsonl.gz
+      pipeline train --target ./my-llama --corpus ./corpus --epochs 4 --out ./my-drafter
+      pipeline train --head dense --run ./dense-run --out ./dense-drafter
+    """
+    from pipeline.training import train_stage
+
+    training = {
+        "epochs": epochs,
+        "batch_tokens": batch_tokens,
+        "learning_rate": learning_rate,
+        "final_rate": final_rate,
+        "warmup_steps": warmup_steps,
+        "clip": clip,
+        "draft_steps": draft_steps,
+        "decay": decay,
+        "loss": loss,
+        "sampled_rows": sampled_rows,
+        "precision": precision,
+        "seed": seed,
+        "checkpoint_minutes": checkpoint_minutes,
+    }
+    chosen = options(
+        TrainOptions,
+        config,
+        target=target,
+        corpus=corpus,
+        dialogues=dialogues,
+        head=head,
+        rank=rank,
+        rescore=rescore,
+        head_init=head_init,
+        from_target=from_target,
+        taps=_numbers(taps, int, "--taps"),
+        holdout=holdout,
+        run=run,
+        out=out,
+    )
+    given: dict[str, Any] = {name: value for name, value in training.items() if value is not None}
+    chosen = chosen.model_copy(update={"training": {**chosen.training, **given}})
+    print_artifact(train_stage(chosen, o.offline(offline)), as_json)
+
+
+def _numbers(
+    text: str | None, kind: type[int] | type[float], name: str
+) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        wanted = "2,15,27" if kind is int else "0,0.6,1"
+        raise UsageError(
+            f"{name} is {text!r}; numbers with commas between them are needed, like {wanted}."
+        ) from None

@@ -1,0 +1,92 @@
+"""Options that several commands share, with one wording each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipeline.config import (
+    BuildOptions,
+    DecodeOptions,
+    RunOptions,
+    default,
+)
+
+
+def option(*names: str, help: str, default: str | None = None, **more: Any) -> Any:
+    """A typer option. Its value None means "as the config or the default says": `default`."""
+    shown = help if default is None else f"{help} [default: {default}]"
+    return typer.Option(*names, help=shown, show_default=False, **more)
+
+
+Target = Annotated[
+    str | None,
+    option(
+        "--target",
+        help="Built-in name, Hugging Face id or folder, or a .gguf file.",
+        default=default(RunOptions, "target"),
+    ),
+]
+Drafter = Annotated[
+    str | None,
+    option("--drafter", help="Drafter folder, or the name of one that comes with this package."),
+]
+Out = Annotated[
+    Path | None, option("--out", help="Folder to write.", default="in the cache's workspace")
+]
+EngineDir = Annotated[
+    Path | None, option("--engine", help="Engine folder.", default="the one built last")
+]
+Json = Annotated[bool, option("--json", help="Print one JSON value on standard output.")]
+Config = Annotated[
+    Path | None, option("--config", help="JSON or TOML file with options; the command line wins.")
+]
+Offline = Annotated[
+    bool, option("--offline", help="Download nothing (as SLIMSPEC_OFFLINE=1 does).")
+]
+Backend = Annotated[
+    str | None,
+    option("--backend", help="onnxruntime or torch.", default=default(BuildOptions, "backend")),
+]
+Precision = Annotated[
+    str | None,
+    option(
+        "--precision", help="Weights: fp32 or int8.", default=default(BuildOptions, "precision")
+    ),
+]
+Threads = Annotated[
+    int | None, option("--threads", help="Threads of the engine.", default="physical cores")
+]
+Depth = Annotated[
+    int | None, option("--depth", help="Levels of the draft tree.", default="the engine's")
+]
+Width = Annotated[
+    int | None, option("--width", help="Nodes expanded per level.", default="the engine's")
+]
+Budget = Annotated[
+    int | None,
+    option("--budget", help="Nodes verified per round, without the root.", default="the engine's"),
+]
+MaxTokens = Annotated[
+    int | None,
+    option(
+        "--max-tokens",
+        help="Most tokens of an answer.",
+        default=default(DecodeOptions, "max_tokens"),
+    ),
+]
+Temperature = Annotated[
+    float | None,
+    option("--temperature", help="0 is greedy.", default=default(DecodeOptions, "temperature")),
+]
+Seed = Annotated[
+    int | None,
+    option("--seed", help="Seed of the sampling.", default=default(DecodeOptions, "seed")),
+]
+
+
+def offline(flag: bool) -> bool | None:
+    """What `resolve_target` wants: None leaves it to SLIMSPEC_OFFLINE."""
+    return True if flag else None

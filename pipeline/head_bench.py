@@ -1,0 +1,154 @@
+"""The drafter's head alone: the dense head it replaces against its own, interleaved, in fp32.
+
+Both give what drafting needs (top-k, log-sum-exp) for one tree level of `rows` states. On ONNX
+Runtime each is a graph of one `slimspec::` node, the very node and function that the export writes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime as ort
+import torch
+from onnx import TensorProto, helper
+from torch import Tensor, nn
+
+from drafter.eagle3 import Drafter
+from drafter.heads.dense import DenseHead
+from drafter.heads.low_rank import LowRankHead
+from drafter.heads.top_k import top_k_of_scores
+from engines.machine import physical_cores
+from engines.onnxruntime import session_options
+from export.head import DOMAIN, DOMAIN_VERSION, DenseNode, LowRankNode, head_node
+from pipeline.reports import HeadReport
+
+_WARM_UP = 3
+_REPEATS = 31
+_IR_VERSION = 10
+_OPSET = 23
+
+Call = Callable[[], object]
+Array = npt.NDArray[np.float32]
+
+
+def measure_heads(
+    drafter: Drafter, rows: int, *, backend: str = "onnxruntime", threads: int | None = None
+) -> HeadReport:
+    """Median milliseconds of both heads for `rows` states; `ratio` is dense over low-rank."""
+    states = torch.randn(1, rows, drafter.config.hidden_size, generator=torch.manual_seed(0))
+    make = _torch_call if backend == "torch" else _onnxruntime_call
+    dense = make(drafter, states, True, threads or physical_cores())
+    if not isinstance(drafter.lm_head, LowRankHead):
+        (seconds,) = _interleaved(dense)
+        return HeadReport(dense_ms=1e3 * seconds, low_rank_ms=None, ratio=None)
+    low_rank = make(drafter, states, False, threads or physical_cores())
+    slow, fast = _interleaved(dense, low_rank)
+    return HeadReport(dense_ms=1e3 * slow, low_rank_ms=1e3 * fast, ratio=slow / fast)
+
+
+def _interleaved(*calls: Call) -> list[float]:
+    for call in calls:
+        for _ in range(_WARM_UP):
+            call()
+    seconds: list[list[float]] = [[] for _ in calls]
+    for _ in range(_REPEATS):
+        for call, found in zip(calls, seconds, strict=True):
+            start = time.perf_counter()
+            call()
+            found.append(time.perf_counter() - start)
+    return [median(found) for found in seconds]
+
+
+def _dense_weight(drafter: Drafter) -> Tensor:
+    """Its own dense head, else the target's rows, which are what a dense head would start from."""
+    if isinstance(drafter.lm_head, DenseHead):
+        return drafter.lm_head.weight.detach()
+    rows, size = drafter.target_rows[0], drafter.config.hidden_size
+    return rows if rows.shape[1] == size else torch.zeros(len(rows), size)
+
+
+def _torch_call(drafter: Drafter, states: Tensor, dense: bool, threads: int) -> Call:
+    torch.set_num_threads(threads)
+    k, weight = drafter.config.top_k, _dense_weight(drafter)
+
+    @torch.no_grad()
+    def dense_call() -> object:
+        return top_k_of_scores(nn.functional.linear(states, weight), k)
+
+    @torch.no_grad()
+    def own_call() -> object:
+        return drafter.lm_head.top_k(states, k)  # type: ignore[operator]
+
+    return dense_call if dense else own_call
+
+
+def _onnxruntime_call(drafter: Drafter, states: Tensor, dense: bool, threads: int) -> Call:
+    node: DenseNode | LowRankNode
+    if dense:
+        node = DenseNode(nn.Parameter(_dense_weight(drafter), False), drafter.config.top_k)
+    else:
+        rows = nn.Parameter(drafter.target_rows[0], requires_grad=False)
+        node = head_node(drafter, rows)
+    session, kept = head_session(node, states.shape[-1], threads)
+    feeds = {"h": states.numpy()}
+
+    def call() -> object:
+        return session.run(None, feeds), kept  # the session reads the weights where they lie
+
+    return call
+
+
+def head_session(
+    node: DenseNode | LowRankNode, size: int, threads: int
+) -> tuple[ort.InferenceSession, list[ort.OrtValue]]:
+    """A session of the head alone, h [1, R, size] -> log_probs, ids, log_sum_exp.
+
+    The weights are not copied: keep the returned values as long as the session.
+    """
+    weights, attributes = _inputs(node)
+    values = {f"w{i}": ort.OrtValue.ortvalue_from_numpy(w) for i, w in enumerate(weights)}
+    outputs = {"log_probs": TensorProto.FLOAT, "ids": TensorProto.INT64, "lse": TensorProto.FLOAT}
+    function = node.function()
+    call = helper.make_node(
+        function.name, ["h", *values], list(outputs), domain=DOMAIN, **attributes
+    )
+    graph = helper.make_graph(
+        [call],
+        "head",
+        [helper.make_tensor_value_info("h", TensorProto.FLOAT, [1, "R", size])],
+        [helper.make_tensor_value_info(name, kind, None) for name, kind in outputs.items()],
+        [_external(f"w{i}", weight) for i, weight in enumerate(weights)],
+    )
+    imports = [helper.make_opsetid("", _OPSET), helper.make_opsetid(DOMAIN, DOMAIN_VERSION)]
+    model = helper.make_model(
+        graph, functions=[function], opset_imports=imports, ir_version=_IR_VERSION
+    )
+    options = session_options(threads)
+    options.add_external_initializers(list(values), list(values.values()))
+    providers = ["CPUExecutionProvider"]
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=providers)
+    return session, list(values.values())
+
+
+def _inputs(node: DenseNode | LowRankNode) -> tuple[list[Array], dict[str, Any]]:
+    if isinstance(node, DenseNode):
+        return [_array(node.weight)], {"k": node.k}
+    tensors = [node.down.weight, node.up.weight, *([node.target_rows] * bool(node.rescore))]
+    return [_array(tensor) for tensor in tensors], {"k": node.k, "rescore": node.rescore}
+
+
+def _array(tensor: Tensor) -> Array:
+    return tensor.detach().float().contiguous().numpy()
+
+
+def _external(name: str, weight: Array) -> onnx.TensorProto:
+    tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=weight.shape)
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value=name)
+    return tensor

@@ -1,0 +1,65 @@
+"""Progress of long steps on standard error, so that standard output holds the result alone.
+
+`progress(label)` yields `tell(what, share)`: what is being done, how much of it is done (0 to 1).
+On a terminal that is a live bar; elsewhere a line when something new happens, not too often.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+Tell = Callable[[str, float], None]
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+def note(text: str) -> None:
+    """One line for people, on standard error."""
+    Console(stderr=True).print(escape(text), highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def progress(label: str) -> Iterator[Tell]:
+    """Yield `tell(what, share)` for one long step."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        yield from _bar(label, console)
+    else:
+        yield _lines(label)
+
+
+def _bar(label: str, console: Console) -> Iterator[Tell]:
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=16),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bars:
+        task = bars.add_task(escape(label), total=1.0)
+
+        def tell(what: str, share: float) -> None:
+            text = f"{label}: {what}" if what else label
+            bars.update(task, description=escape(text), completed=share)
+
+        yield tell
+
+
+def _lines(label: str) -> Tell:
+    last, shown_at = "", -SECONDS_BETWEEN_LINES
+
+    def tell(what: str, share: float) -> None:
+        nonlocal last, shown_at
+        now = time.monotonic()
+        if what != last and now - shown_at >= SECONDS_BETWEEN_LINES:
+            last, shown_at = what, now
+            note(f"{label}: {what} ({share:.0%})")
+
+    return tell

@@ -1,0 +1,119 @@
+"""The machine-readable outputs, as typed models; `docs/json.md` describes every key.
+
+These are a promise to programs: keys are never renamed or removed within one `schema`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from drafter.errors import CheckFailed
+
+SCHEMA = 1
+
+
+class _Report(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_by_name=True)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, keys as documented."""
+        return self.model_dump(mode="json", by_alias=True)
+
+
+class ArtifactReport(_Report):
+    """What `fetch`, `corpus`, `train`, `export` and `build-engine` print."""
+
+    kind: str
+    name: str
+    path: str
+    fingerprint: str
+    up_to_date: bool
+    details: dict[str, Any] = {}
+
+
+class ParityRow(_Report):
+    """One tensor of one graph compared with the reference; the worst of all its cases."""
+
+    graph: str
+    tensor: str
+    max_abs: float
+    max_rel: float
+    topk_agreement: float | None
+    ok: bool
+
+
+class CheckReport(_Report):
+    """What `pipeline check --json` prints."""
+
+    schema_version: int = Field(default=SCHEMA, alias="schema")
+    engine: str
+    ok: bool
+    parity: list[ParityRow]
+
+
+def require_parity(rows: Sequence[ParityRow]) -> None:
+    """Raise CheckFailed, naming the first tensor that differs, where parity does not hold."""
+    if failed := [row for row in rows if not row.ok]:
+        raise CheckFailed(
+            f"parity fails in {len(failed)} of {len(rows)} tensors, first "
+            f"{failed[0].graph}.{failed[0].tensor}: max abs error {failed[0].max_abs:.2e}."
+        )
+
+
+class DecodeReport(_Report):
+    """Plain and speculative decoding over a set of prompts, interleaved, on one engine."""
+
+    prompts: int
+    identical: int
+    tau: float
+    acceptance_by_depth: list[float]
+    plain_tok_s: float | None
+    speculative_tok_s: float | None
+    speedup: float | None
+    target_passes_per_token: float
+    overhead_ms_per_round: float
+
+
+class HeadReport(_Report):
+    """Time of the drafter's head for one tree level; None for a drafter without a low-rank head."""
+
+    dense_ms: float | None
+    low_rank_ms: float | None
+    ratio: float | None
+
+
+class RunReport(_Report):
+    """What `pipeline run --json FILE` writes."""
+
+    schema_version: int = Field(default=SCHEMA, alias="schema")
+    environment: dict[str, Any]
+    parity: list[ParityRow]
+    decode: DecodeReport
+    head: HeadReport
+    seconds_by_stage: dict[str, float]
+    peak_rss_mb: float
+
+
+class BackendState(_Report):
+    """Whether a backend works here, and if not, what would mend that."""
+
+    name: str
+    usable: bool
+    detail: str
+    install: str | None = None
+
+
+class DoctorReport(_Report):
+    """What `pipeline doctor --json` prints."""
+
+    schema_version: int = Field(default=SCHEMA, alias="schema")
+    machine: dict[str, Any]
+    versions: dict[str, str]
+    backends: list[BackendState]
+    cache: dict[str, Any]
+    targets: list[str]
+    last_engine: str | None
+    problems: list[str]

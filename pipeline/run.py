@@ -1,0 +1,158 @@
+"""`pipeline run`: every stage for the defaults, then the proof: parity, texts, speed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from drafter.errors import CheckFailed
+from drafter.sources import TargetFolder
+from pipeline.config import SMOKE_TOKENS, RunOptions
+from pipeline.evaluate import Pair, evaluate, summarise
+from pipeline.machine import machine, peak_rss_mb, versions
+from pipeline.progress import progress
+from pipeline.prompts import PromptSet, mt_bench_prompts, own_prompts, read_prompts
+from pipeline.reports import CheckReport, DecodeReport, HeadReport, RunReport, require_parity
+from pipeline.stages import (
+    Stages,
+    build_stage,
+    check_stage,
+    describe,
+    export_stage,
+    fetch_target,
+    find_drafter,
+)
+
+STAGES = ("fetch", "drafter", "export", "build-engine", "check", "decode", "head")
+_SMOKE_PROMPTS = 3
+
+
+def run(options: RunOptions) -> tuple[RunReport, list[Pair], PromptSet]:
+    """Do all stages and measure. Whether the result is good is `verdict`'s business."""
+    if options.smoke:
+        tokens = min(options.max_tokens, SMOKE_TOKENS)
+        options = options.model_copy(update={"max_tokens": tokens})
+    stages = Stages(len(STAGES))
+    target, prompts = stages.run(
+        "fetch", lambda: (fetch_target(options.target), choose_prompts(options)), _fetched
+    )
+    drafter = stages.run("drafter", lambda: find_drafter(target, options.drafter), str)
+    export = stages.run(
+        "export", lambda: export_stage(target, drafter, _out(options, "export")), describe
+    )
+    built = stages.run(
+        "build-engine",
+        lambda: build_stage(Path(export.path), options, _out(options, "engine")),
+        describe,
+    )
+    engine = Path(built.path)
+    checked = stages.run("check", lambda: check_stage(engine), _checked)
+    pairs, tree = stages.run("decode", lambda: _decode(engine, options, prompts), _decoded)
+    head = stages.run("head", lambda: _heads(target.path, drafter, tree["width"], options), _timed)
+    report = RunReport(
+        environment=environment(options, target.name, drafter, prompts, tree),
+        parity=checked.parity,
+        decode=summarise(pairs),
+        head=head,
+        seconds_by_stage={name: round(s, 3) for name, s in stages.seconds.items()},
+        peak_rss_mb=peak_rss_mb(),
+    )
+    return report, pairs, prompts
+
+
+def verdict(report: RunReport) -> None:
+    """Raise CheckFailed where parity or identity of the texts does not hold.
+
+    Texts must be equal for greedy decoding in fp32; sampled ones never are, and other precisions
+    round differently for one token than for several.
+    """
+    require_parity(report.parity)
+    check_identical(
+        report.decode, report.environment["precision"], report.environment["temperature"]
+    )
+
+
+def check_identical(decode: DecodeReport, precision: str, temperature: float) -> None:
+    """Raise CheckFailed where greedy texts differ in fp32."""
+    if temperature == 0 and precision == "fp32" and decode.identical < decode.prompts:
+        raise CheckFailed(
+            f"{decode.prompts - decode.identical} of {decode.prompts} speculative texts differ "
+            "from plain decoding, none may; run `pipeline evaluate --details FILE` to see which."
+        )
+
+
+def choose_prompts(options: RunOptions) -> PromptSet:
+    """The prompts of a run: a file's, our own few for a smoke run, else MT-Bench."""
+    if options.prompt_file is not None:
+        return read_prompts(options.prompt_file)
+    if options.smoke:
+        return own_prompts(min(options.prompts, _SMOKE_PROMPTS))
+    return mt_bench_prompts(options.prompts)
+
+
+def environment(
+    options: RunOptions, target: str, drafter: Path, prompts: PromptSet, tree: dict[str, int]
+) -> dict[str, Any]:
+    """Everything the numbers depend on."""
+    found = machine()
+    return {
+        **found,
+        "versions": versions(),
+        "target": target,
+        "drafter": str(drafter),
+        "backend": options.backend,
+        "precision": options.precision,
+        "threads": options.threads or found["cores"],
+        "batch": 1,
+        "tree": tree,
+        "prompts": prompts.title,
+        "max_tokens": options.max_tokens,
+        "temperature": options.temperature,
+        "seed": options.seed,
+    }
+
+
+def _out(options: RunOptions, name: str) -> Path | None:
+    return None if options.out is None else options.out / name
+
+
+def _decode(
+    engine: Path, options: RunOptions, prompts: PromptSet
+) -> tuple[list[Pair], dict[str, int]]:
+    from runtime.generator import Generator
+
+    generator = Generator.load(engine, threads=options.threads)
+    tree = generator.tree
+    with progress("decode") as tell:
+        pairs = evaluate(generator, prompts, options, tell)
+    return pairs, {"depth": tree.depth, "width": tree.width, "budget": tree.budget}
+
+
+def _heads(target: Path, drafter: Path, rows: int, options: RunOptions) -> HeadReport:
+    from drafter.checkpoint import load_drafter, load_target
+    from pipeline.head_bench import measure_heads
+
+    with progress("head") as tell:
+        tell("loading the drafter", 0.0)
+        loaded = load_drafter(drafter, load_target(target))
+        tell("timing", 0.5)
+        return measure_heads(loaded, rows, backend=options.backend, threads=options.threads)
+
+
+def _fetched(found: tuple[TargetFolder, PromptSet]) -> str:
+    return f"{found[0].name} in {found[0].path}; {found[1].title}"
+
+
+def _checked(report: CheckReport) -> str:
+    good = sum(row.ok for row in report.parity)
+    return f"{good} of {len(report.parity)} tensors within tolerance"
+
+
+def _decoded(found: tuple[list[Pair], dict[str, int]]) -> str:
+    report = summarise(found[0])
+    times = "" if report.speedup is None else f", {report.speedup:.2f}x"
+    return f"{report.identical} of {report.prompts} texts identical, tau {report.tau:.2f}{times}"
+
+
+def _timed(report: HeadReport) -> str:
+    return "dense head" if report.ratio is None else f"{report.ratio:.1f}x faster than dense"

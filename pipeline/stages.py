@@ -1,0 +1,197 @@
+"""The stages from a target's name to an engine: fetch, drafter, export, build-engine.
+
+Each is a function of its inputs that finds its work done when nothing changed, and leaves nothing
+half-written when it is stopped, so the same command goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import TypeVar
+
+from drafter.artifact import MANIFEST, Manifest, fingerprint, read_artifact
+from drafter.errors import MissingError, UsageError
+from drafter.sources import BUILTIN_TARGETS, TargetFolder, resolve_target
+from pipeline.config import BuildOptions
+from pipeline.progress import note, progress
+from pipeline.reports import ArtifactReport, CheckReport, ParityRow
+from pipeline.workspace import (
+    engine_name,
+    remember_engine,
+    remember_export,
+    sources_of,
+    target_workspace,
+)
+
+DRAFTER_KIND = "drafter"
+T = TypeVar("T")
+
+
+@dataclass
+class Stages:
+    """Runs numbered stages, says how each went and keeps their seconds."""
+
+    total: int
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def run(self, name: str, work: Callable[[], T], said: Callable[[T], str]) -> T:
+        """Do the work of one stage; `said` puts its result into words."""
+        number = len(self.seconds) + 1
+        start = time.perf_counter()
+        result = work()
+        self.seconds[name] = time.perf_counter() - start
+        note(f"[{number}/{self.total}] {name}: {said(result)} ({self.seconds[name]:.1f} s)")
+        return result
+
+
+def fetch_target(name: str, offline: bool | None = None, mend: bool = False) -> TargetFolder:
+    """The target of that name, downloaded and converted if need be. See `resolve_target`."""
+    return resolve_target(name, offline=offline, mend=mend)
+
+
+def pretrained_folder() -> Path:
+    """Where the drafters that come with this package lie, one folder a target."""
+    return Path(str(resources.files("drafter"))) / "pretrained"
+
+
+def find_drafter(target: TargetFolder, chosen: str | None) -> Path:
+    """The drafter folder: the one chosen (a folder or the name of one that comes with this
+    package), else the target's own there, else the one `pipeline train` made for it.
+
+    Raises UsageError for a wrong choice or a damaged drafter, MissingError where there is none.
+    """
+    if chosen is not None:
+        return _checked(_chosen_drafter(chosen))
+    for folder in (pretrained_folder() / target.name, target_workspace(target) / "drafter"):
+        if folder.is_dir():
+            return _checked(folder)
+    known = ", ".join(pretrained_names()) or "none"
+    raise MissingError(
+        f"there is no drafter for target {target.name} (with this package come: {known}); "
+        f"train one with `pipeline train --target {_argument(target)}` or give --drafter DIR."
+    )
+
+
+def pretrained_names() -> list[str]:
+    """Names of the drafters that come with this package."""
+    folder = pretrained_folder()
+    return sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+
+
+def _argument(target: TargetFolder) -> str:
+    return target.name if target.name in BUILTIN_TARGETS else str(target.path)
+
+
+def _chosen_drafter(chosen: str) -> Path:
+    folder = Path(chosen).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    if chosen in pretrained_names():
+        return pretrained_folder() / chosen
+    raise UsageError(
+        f"the drafter {chosen} is neither a folder nor one that comes with this package "
+        f"({', '.join(pretrained_names()) or 'none'})."
+    )
+
+
+def _checked(folder: Path) -> Path:
+    if (folder / MANIFEST).exists():
+        read_artifact(folder, DRAFTER_KIND, mend="pipeline train")
+    return folder
+
+
+def export_stage(target: TargetFolder, drafter: Path, out: Path | None = None) -> ArtifactReport:
+    """Write the export artifact of a target and its drafter and remember it as the last one."""
+    from export.model import export_model
+
+    out = out or target_workspace(target) / "export"
+    before = _fingerprint(out)
+    with progress("export") as tell:
+        manifest = export_model(target.path, drafter, out, name=target.name, progress=tell)
+    remember_export(out, target.path, drafter)
+    return artifact_report(manifest, out, before)
+
+
+def build_stage(export: Path, options: BuildOptions, out: Path | None = None) -> ArtifactReport:
+    """Build an engine from an export and remember it as the last one."""
+    from engines import build_engines
+    from runtime.tree import TreeConfig
+
+    TreeConfig(**options.chosen())  # refuses a bad tree before anything is built
+    out = out or export.resolve().parent / engine_name(options.backend, options.precision)
+    before = _fingerprint(out)
+    with progress("build-engine") as tell:
+        manifest = build_engines(
+            export,
+            out,
+            backend=options.backend,
+            precision=options.precision,
+            threads=options.threads,
+            tree=options.chosen() or None,
+            progress=tell,
+        )
+    remember_engine(out, export)
+    return artifact_report(manifest, out, before)
+
+
+def check_stage(
+    engine: Path,
+    target: str | None = None,
+    drafter: str | None = None,
+    export: Path | None = None,
+    offline: bool | None = None,
+) -> CheckReport:
+    """Compare an engine with its sources; those not given are what it was built from here.
+
+    Raises MissingError where that is not known.
+    """
+    from pipeline.check import run_check
+
+    known = sources_of(engine)
+    if target is not None:
+        found = fetch_target(target, offline)
+        target_folder, drafter_folder = found.path, find_drafter(found, drafter)
+    elif known is None:
+        raise MissingError(
+            f"what {engine} was built from is not known here; give --target and --drafter."
+        )
+    else:
+        target_folder = known.target
+        drafter_folder = known.drafter if drafter is None else _checked(_chosen_drafter(drafter))
+        export = export or known.export
+    with progress("check") as tell:
+        found_rows = run_check(engine, target_folder, drafter_folder, export, progress=tell).rows
+    rows = [ParityRow.model_validate(row) for row in found_rows]
+    return CheckReport(engine=str(engine), ok=all(row.ok for row in rows), parity=rows)
+
+
+def artifact_report(manifest: Manifest, folder: Path, before: str | None = None) -> ArtifactReport:
+    """What a stage says of its artifact; `before` is what `_fingerprint` was before it ran."""
+    after = f"{fingerprint(manifest)} {manifest.created}"
+    return ArtifactReport(
+        kind=manifest.kind,
+        name=manifest.name,
+        path=str(folder.resolve()),
+        fingerprint=fingerprint(manifest),
+        up_to_date=before == after,
+    )
+
+
+def describe(report: ArtifactReport) -> str:
+    """A stage's result for people."""
+    return f"{'up to date' if report.up_to_date else 'made'}, {report.path}"
+
+
+def _fingerprint(folder: Path) -> str | None:
+    """What tells a folder's artifact from one made anew; None where there is none."""
+    try:
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_artifact(folder, str(content["kind"]), verify=False)
+    except (OSError, ValueError, KeyError, TypeError, UsageError):
+        return None
+    return f"{fingerprint(manifest)} {manifest.created}"

@@ -1,0 +1,126 @@
+"""Reports as tables for people. The numbers are those of `pipeline.reports`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+from rich.table import Table
+
+from pipeline.evaluate import Pair, decode_rate, seconds_by_part, spread
+from pipeline.reports import DecodeReport, DoctorReport, HeadReport, ParityRow
+
+_PARTS = {
+    "prefill_s": "prompt",
+    "draft_s": "draft (drafter engines)",
+    "verify_s": "verify (target engine)",
+    "overhead_s": "our own code",
+}
+
+
+def parity_table(rows: Sequence[ParityRow]) -> Table:
+    """The worst tensor of each graph."""
+    table = _table("Parity with PyTorch", ("graph", "tensors", "worst", "max abs", "top-k", "ok"))
+    for graph, found in groupby(sorted(rows, key=lambda row: row.graph), lambda row: row.graph):
+        group = list(found)
+        worst = max(group, key=lambda row: (not row.ok, row.max_abs))
+        agreements = [r.topk_agreement for r in group if r.topk_agreement is not None]
+        table.add_row(
+            graph,
+            str(len(group)),
+            worst.tensor,
+            f"{worst.max_abs:.1e}",
+            f"{min(agreements):.2%}" if agreements else "-",
+            _yes(all(row.ok for row in group)),
+        )
+    return table
+
+
+def decode_table(report: DecodeReport, pairs: Sequence[Pair], title: str) -> Table:
+    """Plain against speculative decoding."""
+    table = _table(f"Decoding: {title}", ("", "plain", "speculative"))
+    plain = [pair.plain for pair in pairs]
+    fast = [pair.speculative for pair in pairs]
+    table.add_row(
+        "tokens/s (median)", _number(report.plain_tok_s), _number(report.speculative_tok_s)
+    )
+    table.add_row(
+        "tokens/s (10th to 90th percentile)",
+        _range([decode_rate(c) for c in plain]),
+        _range([decode_rate(c) for c in fast]),
+    )
+    table.add_row("speedup (median of paired ratios)", "1.00x", _times(report.speedup))
+    table.add_row("speedup (10th to 90th percentile)", "", _range([p.speedup for p in pairs]))
+    table.add_row("tau, tokens per round", "1.00", f"{report.tau:.2f}")
+    depths = " ".join(f"{share:.2f}" for share in report.acceptance_by_depth)
+    table.add_row("accepted at depth 1, 2, ...", "", depths)
+    table.add_row("target passes per token", "1.00", f"{report.target_passes_per_token:.2f}")
+    table.add_row("our own code, ms per round", "", f"{report.overhead_ms_per_round:.2f}")
+    table.add_row("identical texts", "", f"{report.identical} of {report.prompts}")
+    return table
+
+
+def time_table(pairs: Sequence[Pair]) -> Table:
+    """Where the time went, in milliseconds per emitted token."""
+    table = _table("Where the time went (ms per token)", ("", "plain", "speculative", "share"))
+    plain, fast = [pair.plain for pair in pairs], [pair.speculative for pair in pairs]
+    slow_parts, fast_parts = seconds_by_part(plain), seconds_by_part(fast)
+    slow_tokens = sum(len(c.token_ids) for c in plain)
+    fast_tokens = sum(len(c.token_ids) for c in fast)
+    total = sum(fast_parts.values())
+    for part, name in _PARTS.items():
+        table.add_row(
+            name,
+            f"{1e3 * slow_parts[part] / slow_tokens:.2f}",
+            f"{1e3 * fast_parts[part] / fast_tokens:.2f}",
+            f"{fast_parts[part] / total:.0%}",
+        )
+    return table
+
+
+def head_table(report: HeadReport) -> Table:
+    """The drafter's head against a dense one."""
+    table = _table("Drafter head, one tree level", ("dense ms", "low-rank ms", "ratio"))
+    table.add_row(_number(report.dense_ms, 2), _number(report.low_rank_ms, 2), _times(report.ratio))
+    return table
+
+
+def doctor_tables(report: DoctorReport) -> list[Table]:
+    """What `pipeline doctor` shows."""
+    facts = _table("This machine", ("", ""))
+    for name, value in {**report.machine, **report.versions, **report.cache}.items():
+        shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        facts.add_row(name.replace("_", " "), shown or "none")
+    facts.add_row("targets in the cache", ", ".join(report.targets) or "none")
+    facts.add_row("last engine", report.last_engine or "none")
+    backends = _table("Backends", ("backend", "usable", "detail"))
+    for backend in report.backends:
+        detail = (
+            backend.detail if backend.install is None else f"{backend.detail}: {backend.install}"
+        )
+        backends.add_row(backend.name, _yes(backend.usable), detail)
+    return [facts, backends]
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=any(columns))
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    return table
+
+
+def _yes(value: bool) -> str:
+    return "[green]yes[/green]" if value else "[red]NO[/red]"
+
+
+def _number(value: float | None, digits: int = 1) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _times(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}x"
+
+
+def _range(values: Sequence[float | None]) -> str:
+    found = spread(values)
+    return "-" if found is None else f"{found[0]:.2f} .. {found[1]:.2f}"

@@ -1,0 +1,259 @@
+"""The training stage: corpus -> captured states -> trained drafter -> measured artifact.
+
+A run has a folder: `run.json` (what it is made from), `corpus/` (where dialogues were given),
+`captured/`, the state of the training and `log.jsonl`. The same command goes on with a stopped run.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from drafter.artifact import (
+    atomic_write_json,
+    check_free_space,
+    is_up_to_date,
+    read_artifact,
+    sha256_file,
+    write_artifact,
+)
+from drafter.config import DrafterConfig, TargetConfig, drafter_config_for, read_json
+from drafter.errors import UsageError
+from drafter.families import read_target_config
+from drafter.sources import TargetFolder
+from pipeline.config import TrainOptions
+from pipeline.corpora import corpus_fingerprint, dialogues_corpus
+from pipeline.progress import note, progress
+from pipeline.reports import ArtifactReport
+from pipeline.stages import DRAFTER_KIND, artifact_report, fetch_target
+from pipeline.workspace import target_workspace
+
+if TYPE_CHECKING:
+    from drafter.acceptance import Acceptance
+    from drafter.capture import Captured
+    from drafter.eagle3 import Drafter
+    from drafter.training import StepReport, TrainConfig
+
+_STATE_DOCUMENTS = 200  # whose states start the head's factors
+_HELD_OUT_DOCUMENTS = 64  # at most so many measure the acceptance
+_LOG = "log.jsonl"
+
+
+def train_stage(options: TrainOptions, offline: bool | None = None) -> ArtifactReport:
+    """Train a drafter, or go on with a stopped run, and write its artifact. Raises UsageError."""
+    training = train_config(options.training)
+    target = fetch_target(options.target, offline)
+    config = drafter_config(options, target, read_target_config(target.path))
+    run = options.run or target_workspace(target) / "train"
+    out = options.out or target_workspace(target) / "drafter"
+    corpus = _corpus(options, target, run, config.vocab_size)
+    inputs = {"target": target.fingerprint, "corpus": corpus_fingerprint(corpus)}
+    arguments = {
+        "drafter": config.model_dump(mode="json"),
+        "training": training.model_dump(mode="json"),
+        **options.model_dump(include={"head_init", "from_target", "holdout"}),
+    }
+    if is_up_to_date(out, DRAFTER_KIND, inputs, arguments):
+        return _report(out, up_to_date=True)
+    _claim(run, {**inputs, **arguments})
+    documents, held_out = _documents(target, corpus, run, config, training, options.holdout)
+    drafter = _train(target, config, options, training, documents, run)
+    acceptance = _measure(drafter, held_out, training.draft_steps)
+    data = {"acceptance": acceptance, "documents": len(documents), "held_out": len(held_out)}
+    _write(drafter, out, target.name, inputs, arguments, data, run / _LOG)
+    return _report(out, up_to_date=False)
+
+
+def train_config(fields: dict[str, Any]) -> TrainConfig:
+    """The training's own options. Raises UsageError naming the option."""
+    from drafter.training import TrainConfig
+
+    try:
+        return TrainConfig(**fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = "-".join(str(part) for part in first["loc"]).replace("_", "-")
+        reason = first["msg"].removeprefix("Input ")
+        raise UsageError(f"--{name} is {first['input']!r}: it {reason}.") from None
+
+
+def drafter_config(
+    options: TrainOptions, target: TargetFolder, shape: TargetConfig
+) -> DrafterConfig:
+    """The drafter to train. Raises UsageError for a rank, tap or rescoring that does not fit."""
+    low_rank = options.head == "low_rank"
+    if not low_rank and options.rank is not None:
+        raise UsageError(f"--rank is for the low_rank head, --head is {options.head}; drop one.")
+    changes: dict[str, Any] = {
+        "head": options.head,
+        "lm_head_rank": options.rank,
+        "rescore": min(options.rescore, shape.vocab_size) if low_rank else 0,
+        "tokenizer_sha256": sha256_file(target.path / "tokenizer.json"),
+    }
+    if options.taps is not None:
+        changes["taps"] = options.taps
+    return drafter_config_for(shape, **changes)
+
+
+def _corpus(options: TrainOptions, target: TargetFolder, run: Path, vocab_size: int) -> Path:
+    if options.corpus is not None and options.dialogues is not None:
+        raise UsageError("--corpus and --dialogues were both given; one of them is needed.")
+    if options.dialogues is not None:
+        return dialogues_corpus(options.dialogues, run / "corpus", vocab_size)
+    folder = options.corpus or target_workspace(target) / "corpus"
+    if not folder.is_dir():
+        raise UsageError(
+            f"there is no corpus in {folder}; make one with `pipeline corpus --target "
+            f"{options.target}` or give --corpus DIR or --dialogues FILE.jsonl.gz."
+        )
+    return folder
+
+
+def _claim(run: Path, made_from: dict[str, Any]) -> None:
+    """Note what a run is made from; refuse the folder of another one."""
+    state = run / "run.json"
+    if state.exists():
+        found = read_json(state)
+        for field, needed in made_from.items():
+            if found.get(field) != needed:
+                raise UsageError(
+                    f"{run} holds a run with another {field}; give another --run folder, or remove "
+                    "this one to start anew."
+                )
+        note(f"going on with the run in {run}")
+    atomic_write_json(state, made_from)
+
+
+def _documents(
+    target: TargetFolder,
+    corpus: Path,
+    run: Path,
+    config: DrafterConfig,
+    training: TrainConfig,
+    holdout: float,
+) -> tuple[list[Captured], list[Captured]]:
+    """Captured documents to train on, and those held out: the last ones."""
+    from drafter.capture import read_captured
+
+    _capture(target, corpus, run / "captured", config, training)
+    documents = read_captured(run / "captured")
+    count = max(1, round(holdout * len(documents)))
+    if count >= len(documents):
+        raise UsageError(
+            f"the corpus {corpus} has {len(documents)} documents, at least 2 are needed: one to "
+            "train on and one held out."
+        )
+    return documents[:-count], documents[-count:]
+
+
+def _capture(
+    target: TargetFolder, corpus: Path, out: Path, config: DrafterConfig, training: TrainConfig
+) -> None:
+    import torch
+
+    from drafter.capture import capture_shards
+    from drafter.checkpoint import load_target
+    from drafter.corpus import read_shard, shards
+
+    paths = shards(corpus)
+    todo = [path for path in paths if not (out / path.name).exists()]
+    if not todo:
+        return
+    tokens = sum(len(document.ids) for path in todo for document in read_shard(path))
+    out.mkdir(parents=True, exist_ok=True)
+    check_free_space(out, tokens * 2 * (len(config.taps) + 1) * config.target_hidden_size)
+    dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
+    start = time.monotonic()
+    with progress("capture") as tell:
+        tell("loading the target", 0.0)
+        model = load_target(target.path, config.taps, dtype)
+
+        def report(done: int, total: int) -> None:
+            rate = done / (time.monotonic() - start)
+            tell(f"{done} of {total} tokens, {rate:.0f} tokens/s", done / total)
+
+        capture_shards(model, corpus, out, report)
+
+
+def _train(
+    target: TargetFolder,
+    config: DrafterConfig,
+    options: TrainOptions,
+    training: TrainConfig,
+    documents: Sequence[Captured],
+    run: Path,
+) -> Drafter:
+    import torch
+
+    from drafter.checkpoint import load_target
+    from drafter.start import start_drafter
+    from drafter.training import train
+
+    model = load_target(target.path, config.taps)
+    states = torch.cat([d.states[d.mask] for d in documents[:_STATE_DOCUMENTS]]).float()
+    drafter = start_drafter(
+        config,
+        model,
+        head_init=options.head_init,
+        from_target=options.from_target,
+        states=states,
+        seed=training.seed,
+    )
+    del model, states
+    with progress("train") as tell:
+        return train(drafter, documents, training, run, lambda r: tell(_state(r), r.step / r.steps))
+
+
+def _state(report: StepReport) -> str:
+    alphas = " ".join(f"{alpha:.2f}" for alpha in report.alpha)
+    minutes, seconds = divmod(round(report.eta), 60)
+    return (
+        f"step {report.step}/{report.steps}, loss {report.loss:.3f}, alpha {alphas}, "
+        f"tau {report.expected_tau:.2f}, {report.tokens_per_second:.0f} tokens/s, "
+        f"{minutes}:{seconds:02d} left"
+    )
+
+
+def _measure(drafter: Drafter, held_out: Sequence[Captured], steps: int) -> dict[str, Any]:
+    from drafter.acceptance import measure_acceptance
+
+    with progress("evaluate") as tell:
+        tell("acceptance on held-out documents", 0.0)
+        found: Acceptance = measure_acceptance(
+            drafter.eval(), held_out[-_HELD_OUT_DOCUMENTS:], steps
+        )
+    note(f"held out: alpha {found.alpha[0]:.3f} at step 1, expected tau {found.expected_tau:.2f}")
+    return {
+        "alpha": list(found.alpha),
+        "top1": list(found.top1),
+        "top4": list(found.top4),
+        "expected_tau": found.expected_tau,
+        "tokens": found.tokens,
+    }
+
+
+def _write(
+    drafter: Drafter,
+    out: Path,
+    name: str,
+    inputs: dict[str, str],
+    arguments: dict[str, Any],
+    data: dict[str, Any],
+    log: Path,
+) -> None:
+    from drafter.checkpoint import save_drafter
+
+    with write_artifact(out, DRAFTER_KIND, name, inputs, arguments, data) as folder:
+        save_drafter(drafter, folder)
+        shutil.copyfile(log, folder / _LOG)
+
+
+def _report(out: Path, up_to_date: bool) -> ArtifactReport:
+    manifest = read_artifact(out, DRAFTER_KIND, verify=False)
+    report = artifact_report(manifest, out)
+    return report.model_copy(update={"up_to_date": up_to_date, "details": dict(manifest.data)})

@@ -1,0 +1,159 @@
+"""The drafter: its two entry points, its unroll, its checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from drafter.checkpoint import load_drafter, save_drafter
+from drafter.config import DrafterConfig, default_rank, drafter_config_for
+from drafter.decoder import causal_mask
+from drafter.eagle3 import Drafter
+from drafter.errors import UsageError
+from drafter.start import start_drafter
+from drafter.unroll import unroll
+from tests.tiny_drafter import VOCAB, tiny_drafter, tiny_target
+
+TARGET = tiny_target()
+
+
+def chain_states(
+    drafter: Drafter, ids: torch.Tensor, taps: torch.Tensor, slot: int, steps: int
+) -> Any:
+    """Decode as the runtime does: extend over slots 0..slot, then steps on the tokens that follow."""
+    kv = drafter.config.kv_size
+    none = torch.zeros(1, 0, kv)
+    positions = torch.arange(slot + 1)[None]
+    out = drafter.extend(
+        ids[:, 1 : slot + 2], taps[:, : slot + 1], positions, causal_mask(1, slot + 1), none, none
+    )
+    keys, values, state = out.new_key, out.new_value, out.state[:, -1:]
+    yield state
+    for k in range(1, steps):
+        token, position = ids[:, slot + 1 + k : slot + 2 + k], torch.tensor([[slot + k]])
+        mask = torch.ones(1, 1, 1, keys.shape[1] + 1, dtype=torch.bool)
+        out = drafter.step(token, state, position, mask, keys, values)
+        keys, values = torch.cat((keys, out.new_key), 1), torch.cat((values, out.new_value), 1)
+        state = out.state
+        yield state
+
+
+@torch.no_grad()
+def test_the_training_unroll_is_what_decoding_does() -> None:
+    """Every slot, every step: the unrolled state equals extend followed by steps."""
+    drafter = tiny_drafter(TARGET)
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, VOCAB, (1, 14), generator=generator)
+    taps = torch.randn(1, 14, 3 * 32, generator=generator)
+    states = unroll(drafter, ids, taps, 4)
+    for slot in range(9):
+        for k, state in enumerate(chain_states(drafter, ids, taps, slot, 4)):
+            torch.testing.assert_close(states[k][:, slot], state[:, 0], atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_step_differs_from_extend_even_when_the_widths_agree() -> None:
+    """With one tap, taps and state have the same width; only `extend` may pass through `fc`."""
+    drafter = tiny_drafter(TARGET, taps=(2,))
+    args = (torch.zeros(1, 1, dtype=torch.int64), torch.randn(1, 1, 32), torch.zeros(1, 1).long())
+    none = torch.zeros(1, 0, drafter.config.kv_size)
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    extended, stepped = (
+        drafter.extend(*args, mask, none, none),
+        drafter.step(*args, mask, none, none),
+    )
+    assert not torch.allclose(extended.state, stepped.state)
+
+
+@pytest.mark.parametrize(
+    ("size", "rank"), [(576, 72), (4096, 512), (2880, 360), (2048, 256), (32, 8)]
+)
+def test_the_default_rank_is_an_eighth_in_multiples_of_eight(size: int, rank: int) -> None:
+    assert default_rank(size) == rank
+
+
+@pytest.mark.parametrize("head", ["low_rank", "dense", "target"])
+def test_a_checkpoint_comes_back_and_holds_no_target_weight(head: str, tmp_path: Path) -> None:
+    drafter = tiny_drafter(TARGET, head=head)
+    save_drafter(drafter, tmp_path, torch.float32)
+    again = load_drafter(tmp_path, TARGET)
+    assert again.config == drafter.config
+    assert again.target_embedding[0].data_ptr() == TARGET.embed_tokens.weight.data_ptr()
+    stored = load_file(tmp_path / "model.safetensors")
+    heads = {k: list(v.shape) for k, v in stored.items() if k.startswith("lm_head")}
+    assert (
+        heads
+        == {
+            "low_rank": {"lm_head.down.weight": [8, 32], "lm_head.up.weight": [VOCAB, 8]},
+            "dense": {"lm_head.weight": [VOCAB, 32]},
+            "target": {},
+        }[head]
+    )
+    for name, value in again.state_dict().items():
+        assert torch.equal(value, drafter.state_dict()[name])
+
+
+def test_missing_and_unexpected_keys_are_errors(tmp_path: Path) -> None:
+    save_drafter(tiny_drafter(TARGET), tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"extra": torch.zeros(1)}, path)
+    with pytest.raises(UsageError, match="unexpected: extra"):
+        load_drafter(tmp_path, TARGET)
+    del tensors["lm_head.up.weight"]
+    save_file(tensors, path)
+    with pytest.raises(UsageError, match=r"Missing: lm_head\.up\.weight"):
+        load_drafter(tmp_path, TARGET)
+
+
+def test_a_wrongly_shaped_key_is_an_error(tmp_path: Path) -> None:
+    save_drafter(tiny_drafter(TARGET), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.down.weight"] = tensors["lm_head.down.weight"][:4].contiguous()
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UsageError, match=r"has shape \[4, 32\], the config needs \[8, 32\]"):
+        load_drafter(tmp_path, TARGET)
+
+
+def test_a_drafter_of_another_target_is_refused(tmp_path: Path) -> None:
+    save_drafter(tiny_drafter(TARGET), tmp_path)
+    with pytest.raises(UsageError, match=f"vocab_size is {VOCAB}, the target's is 99"):
+        load_drafter(tmp_path, tiny_target(vocab_size=99))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"lm_head_rank": 33}, "lm_head_rank 33 must be between 1 and the hidden size 32"),
+        ({"taps": (1, 8)}, "tap id 8 is out of range"),
+        ({"rescore": 3}, "rescore 3 must be 0"),
+        ({"rescore": 1000}, "rescore 1000 exceeds the vocabulary"),
+    ],
+)
+def test_impossible_shapes_are_refused_in_one_sentence(
+    changes: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        drafter_config_for(TARGET.config, **({"top_k": 6} | changes))
+
+
+def test_an_unknown_key_in_the_config_is_refused(tmp_path: Path) -> None:
+    save_drafter(tiny_drafter(TARGET), tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"rnak": 3}))
+    with pytest.raises(UsageError, match="rnak"):
+        load_drafter(tmp_path, TARGET)
+
+
+def test_starting_from_the_target_passes_the_highest_tap_through() -> None:
+    config: DrafterConfig = drafter_config_for(TARGET.config, top_k=6, head="target")
+    drafter = start_drafter(config, TARGET)
+    taps = torch.randn(1, 5, 96)
+    gap = (drafter.fc(taps) - taps[..., -32:]).norm() / taps[..., -32:].norm()
+    assert gap < 0.2
+    assert torch.equal(drafter.midlayer.mlp.up_proj.weight, TARGET.layers[-1].mlp.up_proj.weight)  # type: ignore[union-attr]

@@ -1,0 +1,111 @@
+"""Heads: what they score, what rescoring restores, how ties fall."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from drafter.config import drafter_config_for
+from drafter.errors import UsageError
+from drafter.heads import build_head
+from drafter.heads.low_rank import LowRankHead, activation_pca, initialise, log_difference
+from drafter.heads.top_k import top_k_of_scores
+from tests.tiny_drafter import VOCAB, tiny_target
+
+TARGET = tiny_target()
+ROWS = TARGET.lm_head.weight
+
+
+def low_rank(rank: int = 8, rescore: int = 0) -> LowRankHead:
+    config = drafter_config_for(TARGET.config, top_k=6, lm_head_rank=rank, rescore=rescore)
+    head = build_head(config, ROWS)
+    assert isinstance(head, LowRankHead)
+    return head
+
+
+def states(count: int = 200, seed: int = 0) -> torch.Tensor:
+    """Anisotropic states, like those of a trained model."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 32, generator=generator) * torch.linspace(3, 0.1, 32)
+
+
+@torch.no_grad()
+def test_full_rank_pca_factors_are_the_target_head() -> None:
+    head = low_rank(rank=32)
+    initialise(head, "activation-pca", ROWS, states())
+    h = states(20, seed=1)
+    torch.testing.assert_close(head.scores(h), h @ ROWS.T, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_pca_keeps_the_directions_the_states_use() -> None:
+    """The projection error of held-out states is the variance outside the top-r eigenvectors."""
+    down = activation_pca(states(), 8)
+    torch.testing.assert_close(down @ down.T, torch.eye(8), atol=1e-4, rtol=1e-4)
+    values = torch.linalg.eigvalsh((states().T @ states()).double())
+    lost = (states() - states() @ down.T @ down).square().sum()
+    torch.testing.assert_close(lost.double(), values[:-8].sum(), atol=1e-2, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_rescoring_every_candidate_is_the_dense_head() -> None:
+    head = low_rank(rank=8, rescore=VOCAB)
+    initialise(head, "random", ROWS, None)
+    h = states(9, seed=2)
+    got, want = head.top_k(h, 6), top_k_of_scores(h @ ROWS.T, 6)
+    assert torch.equal(got.ids, want.ids)
+    torch.testing.assert_close(got.logprobs, want.logprobs, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(got.log_sum_exp, want.log_sum_exp, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_rescoring_mixes_exact_and_previewed_scores() -> None:
+    """By the definition: exact scores for the preview's top m, the preview's for all others."""
+    head = low_rank(rank=8, rescore=10)
+    initialise(head, "activation-pca", ROWS, states())
+    h = states(9, seed=3)
+    mixed = head.preview(h)
+    chosen = mixed.topk(10, dim=-1).indices
+    mixed = mixed.scatter(-1, chosen, (h @ ROWS.T).gather(-1, chosen))
+    got = head.top_k(h, 6)
+    torch.testing.assert_close(got.log_sum_exp, mixed.logsumexp(-1), atol=1e-4, rtol=1e-4)
+    law = torch.log_softmax(mixed, -1)
+    torch.testing.assert_close(got.logprobs, law.gather(-1, got.ids), atol=1e-4, rtol=1e-4)
+    best = mixed.gather(-1, chosen).topk(6).values - mixed.logsumexp(-1, keepdim=True)
+    torch.testing.assert_close(got.logprobs, best, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["dense", "target", "low_rank"])
+def test_scores_of_chosen_rows_are_those_rows_of_all_scores(kind: str) -> None:
+    head = build_head(drafter_config_for(TARGET.config, top_k=6, head=kind), ROWS)
+    h, rows = states(4), torch.tensor([0, 7, 60])
+    torch.testing.assert_close(head.row_scores(h, rows), head.scores(h)[:, rows])  # type: ignore[operator]
+
+
+@given(st.lists(st.sampled_from([-1.0, 0.0, 0.5, 2.0]), min_size=6, max_size=30), st.integers(1, 6))
+@settings(max_examples=60, deadline=None)
+def test_equal_scores_come_in_order_of_their_ids(values: list[float], k: int) -> None:
+    got = top_k_of_scores(torch.tensor([values]), k)
+    pairs = list(zip((-got.logprobs[0]).tolist(), got.ids[0].tolist(), strict=True))
+    assert pairs == sorted(pairs)
+
+
+def test_a_rounding_sized_remainder_stays_finite() -> None:
+    whole = torch.tensor([0.0, 0.0])
+    assert torch.isfinite(log_difference(whole, torch.tensor([0.0, 1e-6]))).all()
+    half = log_difference(torch.tensor(0.0), torch.tensor(0.5).log())
+    torch.testing.assert_close(half, torch.tensor(0.5).log())
+
+
+def test_unknown_heads_and_starts_are_refused() -> None:
+    with pytest.raises(UsageError, match="Head 'sparse' is unknown"):
+        build_head(drafter_config_for(TARGET.config, top_k=6, head="sparse"), ROWS)
+    with pytest.raises(UsageError, match="'svd' is unknown"):
+        initialise(low_rank(), "svd", ROWS, None)
+    with pytest.raises(UsageError, match="needs drafter states"):
+        initialise(low_rank(), "activation-pca", ROWS, None)
+    with pytest.raises(UsageError, match="at least 8 states; got 3"):
+        initialise(low_rank(), "activation-pca", ROWS, states(3))

@@ -1,0 +1,106 @@
+"""Losses: closed forms, autograd and the chunked form agree; sampled rows estimate the whole
+vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from drafter.head_loss import Objective, chunked_loss, eager_loss, geometric_weights
+from drafter.losses import LOSSES, alpha, forward_kl, lk_lambda, total_variation
+from drafter.row_sample import all_rows, sample_rows
+
+
+def laws(
+    rows: int, vocab: int, seed: int = 0, spread: float = 2.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    p = torch.randn(rows, vocab, generator=generator, dtype=torch.float64) * spread
+    q = torch.randn(rows, vocab, generator=generator, dtype=torch.float64) * spread
+    return p, q
+
+
+@given(st.integers(0, 10_000), st.integers(2, 40))
+@settings(max_examples=50, deadline=None)
+def test_alpha_is_one_minus_total_variation_and_kl_is_not_negative(seed: int, vocab: int) -> None:
+    z, y = laws(3, vocab, seed)
+    log_p, log_q = z.log_softmax(-1), y.log_softmax(-1)
+    torch.testing.assert_close(alpha(log_p, log_q), 1 - total_variation(log_p, log_q))
+    assert (forward_kl(log_p, log_q) >= -1e-12).all()
+    torch.testing.assert_close(forward_kl(log_p, log_p), torch.zeros(3, dtype=torch.float64))
+
+
+def test_lambda_follows_the_paper() -> None:
+    """lam = exp(-3 alpha): 1 at alpha 0, exp(-3) at alpha 1."""
+    assert lk_lambda(0.0) == 1.0
+    assert lk_lambda(1.0) == pytest.approx(math.exp(-3))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_closed_form_gradients_equal_autograd(name: str) -> None:
+    loss = LOSSES[name]
+    z, y = laws(5, 23)
+    y.requires_grad_(True)
+    log_p, log_q = z.log_softmax(-1), y.log_softmax(-1)
+    (wanted,) = torch.autograd.grad(loss.value(log_p, log_q, 0.4).sum(), y)
+    got = loss.gradient(log_p.exp(), log_q.detach().exp(), 0.4)
+    torch.testing.assert_close(got, wanted, atol=1e-12, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_zero_of_the_target_adds_nothing_and_keeps_gradients_finite(name: str) -> None:
+    scores = torch.tensor([[0.0, float("-inf"), 1.0]], dtype=torch.float64)
+    y = torch.tensor([[0.3, 0.1, -0.2]], dtype=torch.float64, requires_grad=True)
+    value = LOSSES[name].value(scores.log_softmax(-1), y.log_softmax(-1), 0.5)
+    (grad,) = torch.autograd.grad(value.sum(), y)
+    assert torch.isfinite(value).all()
+    assert torch.isfinite(grad).all()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_the_chunked_loss_is_the_eager_one(name: str, chunk: int) -> None:
+    """Value, alphas and the gradients of every step, also when N is no multiple of the chunk."""
+    generator = torch.Generator().manual_seed(4)
+    teacher = torch.randn(20, 31, generator=generator)
+    steps = [torch.randn(20, 31, generator=generator, requires_grad=True) for _ in range(3)]
+    log_weight = torch.rand(31, generator=generator)
+    objective = Objective(LOSSES[name], geometric_weights(3, 0.8))
+    wanted, wanted_alphas = eager_loss(steps, teacher, log_weight, objective)
+    got, alphas = chunked_loss(steps, teacher, log_weight, objective, chunk)
+    torch.testing.assert_close(got, wanted)
+    assert alphas == pytest.approx(wanted_alphas, abs=1e-6)
+    mine, theirs = torch.autograd.grad(2 * got, steps), torch.autograd.grad(2 * wanted, steps)
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_step_weights_fall_and_sum_to_one() -> None:
+    weights = geometric_weights(4, 0.8)
+    assert sum(weights) == pytest.approx(1.0)
+    assert weights[2] / weights[1] == pytest.approx(0.8)
+
+
+def test_a_sample_of_rows_estimates_the_log_sum_exp() -> None:
+    """Averaged over draws, the weighted sample's sum of exponentials is the vocabulary's."""
+    generator = torch.Generator().manual_seed(5)
+    scores = torch.randn(400, generator=generator)
+    certain = scores.topk(20).indices
+    sums = []
+    for _ in range(400):
+        rows = sample_rows(certain, 400, 60, generator)
+        assert len(rows.ids) == 80
+        assert set(certain.tolist()) <= set(rows.ids.tolist())
+        sums.append((scores[rows.ids] + rows.log_weight).exp().sum())
+    assert torch.stack(sums).mean() == pytest.approx(float(scores.exp().sum()), rel=0.02)
+
+
+def test_rows_cover_everything_when_the_sample_would() -> None:
+    rows = sample_rows(torch.tensor([1, 2]), 10, 8, torch.Generator())
+    assert torch.equal(rows.ids, all_rows(10).ids)
+    assert not rows.log_weight.any()

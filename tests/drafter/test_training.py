@@ -1,0 +1,179 @@
+"""Training: batches, supervision, learning, and going on after a kill as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from drafter.acceptance import expected_tau, measure_acceptance
+from drafter.batches import collate, epoch_order, supervised_positions
+from drafter.errors import UsageError
+from drafter.start import start_drafter
+from drafter.training import TrainConfig, learning_rate, read_log, train
+from tests.tiny_drafter import VOCAB, tiny_captured, tiny_drafter, tiny_target
+
+TARGET = tiny_target()
+DOCUMENTS = tiny_captured(TARGET, 24)
+FAST: dict[str, Any] = {
+    "batch_tokens": 128,
+    "draft_steps": 2,
+    "warmup_steps": 3,
+    "precision": "fp32",
+    "learning_rate": 5e-3,
+}
+
+
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(20, 200), st.integers(0, 5)
+)
+@settings(max_examples=40, deadline=None)
+def test_an_epoch_holds_every_document_once_in_batches_of_bounded_size(
+    lengths: list[int], tokens: int, epoch: int
+) -> None:
+    order = epoch_order(lengths, tokens, 7, epoch)
+    assert sorted(i for batch in order for i in batch) == list(range(len(lengths)))
+    for batch in order:
+        assert len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= tokens
+    assert order == epoch_order(lengths, tokens, 7, epoch)
+
+
+def test_supervision_sits_on_response_tokens_that_every_step_can_reach() -> None:
+    """Row 0: response at 3, 4; row 1: response at 1, which step 1 (slot j-2) cannot reach."""
+    mask = torch.zeros(2, 5, dtype=torch.bool)
+    mask[0, 3:] = mask[1, 1] = True
+    rows, positions = supervised_positions(mask, 2)
+    assert list(zip(rows.tolist(), positions.tolist(), strict=True)) == [(0, 3), (0, 4)]
+
+
+def test_padding_changes_no_supervised_state() -> None:
+    """A short document beside a long one gives the loss it gives alone."""
+    drafter = tiny_drafter(TARGET)
+    by_length = sorted(DOCUMENTS, key=lambda d: len(d.ids))
+    short, long = by_length[0], by_length[-1]
+    alone = measure_acceptance(drafter, [short], 2)
+    both, other = (
+        measure_acceptance(drafter, [short, long], 2),
+        measure_acceptance(drafter, [long], 2),
+    )
+    total = alone.tokens * alone.alpha[1] + other.tokens * other.alpha[1]
+    assert both.tokens == alone.tokens + other.tokens
+    assert both.alpha[1] * both.tokens == pytest.approx(total, rel=1e-5)
+
+
+@torch.no_grad()
+def test_acceptance_is_measured_by_its_definition() -> None:
+    """Step 0, one document, by hand: min(p, q) summed, the target's argmax among the drafter's four
+    best.
+    """
+    drafter = tiny_drafter(TARGET, head="target")
+    document = DOCUMENTS[0]
+    batch = collate([document])
+    measured = measure_acceptance(drafter, [document], 1)
+    none = torch.zeros(1, 0, drafter.config.kv_size)
+    alphas, hits = [], []
+    for j in document.mask.nonzero().squeeze(1).tolist():
+        mask = torch.ones(1, 1, j, j, dtype=torch.bool).tril()
+        out = drafter.extend(
+            batch.ids[:, 1 : j + 1], batch.taps[:, :j], torch.arange(j)[None], mask, none, none
+        )
+        q = torch.softmax(drafter.head_input(out.state[0, -1]) @ TARGET.lm_head.weight.T, -1)
+        p = torch.softmax(document.states[j].float() @ TARGET.lm_head.weight.T, -1)
+        alphas.append(float(torch.minimum(p, q).sum()))
+        hits.append(int(p.argmax()) in q.topk(4).indices.tolist())
+    assert measured.alpha[0] == pytest.approx(sum(alphas) / len(alphas), rel=1e-4)
+    assert measured.top4[0] == pytest.approx(sum(hits) / len(hits))
+
+
+def test_expected_tau_counts_the_bonus() -> None:
+    assert expected_tau([]) == 1.0
+    assert expected_tau([0.5, 0.5]) == pytest.approx(1.75)
+
+
+def test_the_learning_rate_warms_up_and_falls_to_its_floor() -> None:
+    config = TrainConfig(learning_rate=1.0, warmup_steps=10, final_rate=0.1)
+    assert learning_rate(config, 0, 100) == pytest.approx(0.1)
+    assert learning_rate(config, 9, 100) == 1.0
+    assert learning_rate(config, 55, 100) == pytest.approx(0.55)
+    assert learning_rate(config, 100, 100) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("loss", ["kl", "lk_hybrid"])
+@pytest.mark.parametrize(
+    ("head", "rescore", "gain"),
+    [("low_rank", 0, 0.06), ("low_rank", 16, 0.15), ("dense", 0, 0.15), ("target", 0, 0.15)],
+)
+def test_training_raises_acceptance_on_what_it_saw(
+    loss: str, head: str, rescore: int, gain: float, tmp_path: Path
+) -> None:
+    """Memorising 24 small documents: alpha must rise well above the start (less for a head of rank
+    8).
+    """
+    drafter = tiny_drafter(TARGET, head=head, rescore=rescore)
+    before = measure_acceptance(drafter, DOCUMENTS, 2)
+    config = TrainConfig(**FAST, loss=loss, epochs=12, sampled_rows=24)
+    train(drafter, DOCUMENTS, config, tmp_path)
+    after = measure_acceptance(drafter, DOCUMENTS, 2)
+    assert after.alpha[0] > before.alpha[0] + gain
+    assert after.alpha[1] > before.alpha[1] + gain / 2
+
+
+@torch.no_grad()
+def test_the_preview_learns_to_rank_for_the_rescorer(tmp_path: Path) -> None:
+    """With rescoring, the factors train too: their top 16 must come to hold the target's argmax."""
+
+    def recall(drafter: Any) -> float:
+        return measure_acceptance(drafter, DOCUMENTS, 1).top4[0]
+
+    drafter = tiny_drafter(TARGET, head="low_rank", rescore=8)
+    before = recall(drafter)
+    with torch.enable_grad():
+        train(drafter, DOCUMENTS, TrainConfig(**FAST, epochs=12, sampled_rows=24), tmp_path)
+    assert recall(drafter) > before + 0.1
+
+
+def test_a_stopped_run_goes_on_to_the_bit(tmp_path: Path) -> None:
+    config = TrainConfig(**FAST, epochs=2, sampled_rows=24)
+    whole = train(tiny_drafter(TARGET), DOCUMENTS, config, tmp_path / "whole")
+    train(tiny_drafter(TARGET), DOCUMENTS, config, tmp_path / "parts", stop_after=3)
+    parts = train(tiny_drafter(TARGET, seed=9), DOCUMENTS, config, tmp_path / "parts")
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, parts.state_dict()[name]), name
+    logged = [row.loss for row in read_log(tmp_path / "parts")]
+    assert logged == [row.loss for row in read_log(tmp_path / "whole")]
+
+
+def test_a_run_of_other_options_is_not_resumed(tmp_path: Path) -> None:
+    train(tiny_drafter(TARGET), DOCUMENTS, TrainConfig(**FAST, epochs=1), tmp_path, stop_after=1)
+    with pytest.raises(UsageError, match="holds a run with epochs=1, now 2"):
+        train(tiny_drafter(TARGET), DOCUMENTS, TrainConfig(**FAST, epochs=2), tmp_path)
+
+
+def test_a_damaged_state_is_not_resumed(tmp_path: Path) -> None:
+    config = TrainConfig(**FAST, epochs=1)
+    train(tiny_drafter(TARGET), DOCUMENTS, config, tmp_path, stop_after=1)
+    name = json.loads((tmp_path / "state.json").read_text())["tensors"]
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-1])
+    with pytest.raises(UsageError, match="missing or damaged"):
+        train(tiny_drafter(TARGET), DOCUMENTS, config, tmp_path)
+
+
+def test_unknown_options_are_refused() -> None:
+    with pytest.raises(ValueError, match="Extra inputs"):
+        TrainConfig(learnin_rate=1.0)  # type: ignore[call-arg]
+
+
+def test_a_started_head_scores_with_the_target_rows_of_the_projected_state() -> None:
+    states = torch.cat([d.states for d in DOCUMENTS]).float()
+    config = tiny_drafter(TARGET).config
+    started = start_drafter(config, TARGET, states=states)
+    assert started.lm_head.up.weight.shape == (VOCAB, 8)  # type: ignore[union-attr]
+    torch.testing.assert_close(
+        started.lm_head.up.weight,  # type: ignore[union-attr]
+        TARGET.lm_head.weight @ started.lm_head.down.weight.T,  # type: ignore[union-attr, operator]
+    )

@@ -13,16 +13,21 @@ import socket
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.config import LOGGING_CONFIG
 
+from drafter.artifact import read_artifact
 from drafter.errors import UsageError
+from engines.base import KIND, MEND
 from runtime.server.answer import Service
 from runtime.server.app import create_app
 from runtime.server.settings import API_KEY_VARIABLE, ServerSettings
+
+if TYPE_CHECKING:
+    from runtime.generator import Generator
 
 logger = logging.getLogger("slimspec.server")
 
@@ -81,16 +86,20 @@ def serve(engine_dir: str | Path, settings: ServerSettings) -> None:
     """Serve an engine folder until SIGINT or SIGTERM. Raises UsageError or MissingError."""
     from runtime.generator import Generator  # heavy
 
-    listener = open_socket(settings.host, settings.port)  # first: loading takes longer
-    with listener:
+    with open_socket(settings.host, settings.port) as listener:  # first: loading takes longer
+        name = read_artifact(Path(engine_dir), KIND, verify=False, mend=MEND).name
         generator = Generator.load(engine_dir, threads=settings.threads)
         if settings.model_name is None:
-            settings = settings.model_copy(update={"model_name": Path(engine_dir).resolve().name})
-        app = create_app(generator, settings)
-        server = make_server(app)
-        _announce(listener, settings)
-        with suppress(KeyboardInterrupt):  # uvicorn raises it again after its shutdown
-            server.run(sockets=[listener])
+            settings = settings.model_copy(update={"model_name": name})
+        run(generator, settings, listener)
+
+
+def run(generator: Generator, settings: ServerSettings, listener: socket.socket) -> None:
+    """Serve a Generator on a listening socket until SIGINT or SIGTERM."""
+    server = make_server(create_app(generator, settings))
+    _announce(listener, settings)
+    with suppress(KeyboardInterrupt):  # uvicorn raises it again after its shutdown
+        server.run(sockets=[listener])
 
 
 def _announce(listener: socket.socket, settings: ServerSettings) -> None:

@@ -25,8 +25,9 @@ MAX_STOP_CHARACTERS = 256
 class ServerSettings(BaseModel):
     """What `serve` and `create_app` need. `from_options` reports mistakes as UsageError.
 
-    `model_name` None: the engine folder's name. `api_key` None: what SLIMSPEC_API_KEY holds, and no
-    key where that is not set either. `max_queue` counts waiting requests, not the running one.
+    `model_name` None: the name in the engine's manifest. `api_key` None: what SLIMSPEC_API_KEY
+    holds, and no key where that is not set either. `max_queue` counts waiting requests, not the
+    running one.
     """
 
     # An error must not print the key it is about.

@@ -138,7 +138,7 @@ def _obey(decoder: torch.nn.Module, successor: dict[int, int]) -> None:
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             weight.zero_()
     embed, head = weights["embed_tokens.weight"], weights["lm_head.weight"]
-    embed /= embed.norm(dim=-1, keepdim=True)
+    embed.div_(embed.norm(dim=-1, keepdim=True))
     head.zero_()
     for token, follower in successor.items():
         head[follower] = 4 * embed[token]

@@ -210,7 +210,7 @@ class TestConcurrency:
             options: Any = {"prompt": str(start), "temperature": 0, "max_tokens": 20 + start}
             client = server.client()
             if start % 2:
-                return client.completions.create(model=MODEL, **options).choices[0].text
+                return str(client.completions.create(model=MODEL, **options).choices[0].text)
             stream = client.completions.create(model=MODEL, stream=True, **options)
             return "".join(chunk.choices[0].text for chunk in stream)
 

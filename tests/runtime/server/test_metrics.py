@@ -40,7 +40,7 @@ def test_figures_are_those_of_the_answers(server: Running) -> None:
         options: Any = {"messages": HELLO, "temperature": 0, "max_tokens": limit}
         answers.append(server.client().chat.completions.create(model=MODEL, **options))
     shown = server.metrics()
-    figures = [answer.x_slimspec for answer in answers]  # type: ignore[attr-defined]
+    figures = [answer.x_slimspec for answer in answers]
     usages = [answer.usage for answer in answers if answer.usage]
     assert shown["slimspec_prompt_tokens_total"] == sum(u.prompt_tokens for u in usages)
     generated = sum(u.completion_tokens for u in usages)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from drafter.artifact import Manifest, fingerprint, is_up_to_date, read_artifact, write_artifact
 from drafter.config import DrafterConfig, TargetConfig
 from drafter.errors import UsageError
@@ -49,8 +51,24 @@ def _open_onnxruntime(manifest: EngineManifest, threads: int) -> dict[GraphName,
     return {g: open_engine(manifest.folder / f"{g}.onnx", found[g], threads) for g in GRAPHS}
 
 
+def _build_torch(export_folder: Path, out: Path, _precision: str) -> None:
+    from engines.torch_backend import build_folder
+
+    build_folder(export_folder, out)
+
+
+def _open_torch(manifest: EngineManifest, threads: int) -> dict[GraphName, Engine]:
+    import torch
+
+    from engines.torch_backend import open_folder
+
+    torch.set_num_threads(threads)
+    return dict(open_folder(manifest.folder, manifest.target, manifest.drafter))
+
+
 BACKENDS: dict[str, Backend] = {
     "onnxruntime": Backend(("fp32", "int8"), "onnxruntime", _build_onnxruntime, _open_onnxruntime),
+    "torch": Backend(("fp32",), "torch", _build_torch, _open_torch),
 }
 
 
@@ -85,6 +103,9 @@ def build_engines(
     with write_artifact(out, KIND, exported.name, inputs, arguments, data) as folder:
         tell(f"building {backend} {precision}", 0.2)
         chosen.build(export_folder, folder, precision)
+        tell("comparing the engine with PyTorch", 0.6)
+        described = EngineManifest.model_validate({**data, "folder": folder})
+        _self_check(chosen, described, export_folder, threads or physical_cores())
         for file in TOKENIZER_FILES:
             if (export_folder / file).exists():
                 shutil.copyfile(export_folder / file, folder / file)
@@ -95,19 +116,44 @@ def build_engines(
 def open_engines(folder: Path, *, threads: int | None = None, verify: bool = False) -> EngineSet:
     """Open an engine folder. `verify` compares every hash; else sizes only.
 
-    `threads` defaults to the physical cores this process may use. Raises UsageError where the folder is not an intact
-    engine of this contract and of the installed backend version.
+    `threads` defaults to the physical cores this process may use. Raises UsageError where the
+    folder is not an intact engine of this contract and of the installed backend version.
     """
-    manifest = read_artifact(folder, KIND, verify=True if verify else "size", mend=MEND)
-    described = EngineManifest(**manifest.data, folder=folder.resolve())
-    backend = find_backend(described.backend)
-    _check_versions(manifest, backend, folder)
     if threads is not None and threads < 1:
         raise UsageError(f"threads is {threads}; it must be at least 1.")
+    _, described = read_engine(folder, verify=verify)
+    backend = find_backend(described.backend)
     engines = backend.open(described, threads or physical_cores())
     return EngineSet(
         engines["target"], engines["drafter_extend"], engines["drafter_step"], described
     )
+
+
+def read_engine(folder: Path, *, verify: bool) -> tuple[Manifest, EngineManifest]:
+    """The manifest of an engine folder that this version and machine can open. Raises UsageError."""
+    manifest = read_artifact(folder, KIND, verify=True if verify else "size", mend=MEND)
+    try:
+        described = EngineManifest.model_validate({**manifest.data, "folder": folder.resolve()})
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise UsageError(
+            f"{folder}/manifest.json: data.{field}: {first['msg']}; run `{MEND}`."
+        ) from None
+    _check_versions(manifest, find_backend(described.backend), folder)
+    return manifest, described
+
+
+def _self_check(
+    backend: Backend, manifest: EngineManifest, export_folder: Path, threads: int
+) -> None:
+    from engines.selfcheck import self_check
+    from engines.torch_backend import exported_drafter, exported_target
+
+    target = export_folder / "target.onnx"
+    decoder = exported_target(target, manifest.target, manifest.taps)
+    layer = exported_drafter(export_folder / "drafter_extend.onnx", manifest.drafter, decoder)
+    self_check(manifest, lambda: backend.open(manifest, threads), decoder, layer)
 
 
 def find_backend(name: str) -> Backend:

@@ -10,12 +10,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import onnxruntime as ort
 import torch
 
+from drafter.config import DrafterConfig, TargetConfig
 from drafter.errors import UsageError
-from engines.base import MEND
-from export.contract import TORCH_DTYPES, GraphContract
+from engines.base import MEND, Engine, EngineManifest
+from engines.machine import physical_cores
+from export.contract import GRAPHS, TORCH_DTYPES, GraphContract, GraphName, contracts
+from export.model import MEND as EXPORT_MEND
 from export.onnx_files import check_metadata
 
 _ONNX_TYPES = {"float32": 1, "int64": 7, "bool": 9}  # onnx.TensorProto.DataType
@@ -106,13 +110,17 @@ def session_options(threads: int) -> ort.SessionOptions:
     return options
 
 
-def open_session(path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
-    """A CPU session of an ONNX file. Raises UsageError when the file cannot be loaded."""
+def open_session(
+    model: Path | bytes, options: ort.SessionOptions, mend: str = MEND
+) -> ort.InferenceSession:
+    """A CPU session of an ONNX file or of its bytes. Raises UsageError when it cannot be loaded."""
+    source = str(model) if isinstance(model, Path) else model
     try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the binding raises bare exceptions of several types
+        what = model if isinstance(model, Path) else "The model"
         raise UsageError(
-            f"{path} cannot be opened by ONNX Runtime ({error}); run `{MEND}`."
+            f"{what} cannot be opened by ONNX Runtime ({error}); run `{mend}`."
         ) from None
 
 
@@ -124,6 +132,37 @@ def open_engine(path: Path, contract: GraphContract, threads: int) -> OnnxRuntim
     session = open_session(path, options)
     check_metadata(metadata(session), contract.name, path, MEND)
     return OnnxRuntimeEngine(session, contract)
+
+
+def open_with_float_activations(manifest: EngineManifest) -> dict[GraphName, Engine]:
+    """An int8 engine whose kernels do not round activations: for checking its weights exactly."""
+    found = contracts(manifest.target, manifest.drafter)
+    opened: dict[GraphName, Engine] = {}
+    for graph in GRAPHS:
+        model = ir.load(manifest.folder / f"{graph}.onnx")
+        for node in model.graph:
+            if node.op_type == "MatMulNBits":
+                node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
+        options = session_options(physical_cores())
+        folder_key = "session.model_external_initializers_file_folder_path"
+        options.add_session_config_entry(folder_key, str(manifest.folder))
+        content = ir.to_proto(model).SerializeToString()
+        opened[graph] = OnnxRuntimeEngine(open_session(content, options), found[graph])
+    return opened
+
+
+def open_exported(
+    folder: Path, target: TargetConfig, drafter: DrafterConfig, threads: int
+) -> dict[GraphName, Engine]:
+    """Exported graphs run as they are, without any optimisation: what the files themselves say."""
+    opened: dict[GraphName, Engine] = {}
+    for graph, contract in contracts(target, drafter).items():
+        options = session_options(threads)
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        session = open_session(folder / f"{graph}.onnx", options, EXPORT_MEND)
+        check_metadata(metadata(session), graph, folder / f"{graph}.onnx", EXPORT_MEND)
+        opened[graph] = OnnxRuntimeEngine(session, contract)
+    return opened
 
 
 def metadata(session: ort.InferenceSession) -> dict[str, str]:

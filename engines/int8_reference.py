@@ -1,0 +1,58 @@
+"""PyTorch with the arithmetic of an int8 engine, so that such an engine can be checked tightly.
+
+Weights are rounded as `engines.int8` stores them and, where asked, activations in blocks as the
+kernel rounds them; sums are float. Only the linear layers of the drafter floor are replaced.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from drafter.heads.dense import DenseHead, TargetHead
+from engines.int8 import BLOCK, quantise_dequantise
+
+
+class Int8Linear(nn.Module):
+    """x round(W)^T + b; with `rounds_activations`, round(x) round(W)^T + b."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = weight.shape[1], weight.shape[0]
+        self.weight = nn.Parameter(quantise_dequantise(weight), requires_grad=False)
+        self.bias = bias
+        self.rounds_activations = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = round_in_blocks(x) if self.rounds_activations else x
+        return F.linear(x, self.weight, self.bias)
+
+
+def round_in_blocks(x: Tensor) -> Tensor:
+    """x [..., in] rounded to 127 steps of the largest value in each block of its last axis."""
+    size = x.shape[-1]
+    grouped = F.pad(x, (0, -size % BLOCK)).unflatten(-1, (-1, BLOCK))  # [..., blocks, BLOCK]
+    scale = grouped.abs().amax(dim=-1, keepdim=True) / 127.0
+    steps = torch.round(grouped / torch.where(scale == 0, 1.0, scale))
+    return (steps * scale).flatten(-2)[..., :size]
+
+
+def replace_linears(module: nn.Module) -> None:
+    """Replace every linear layer, and the matrix of a dense head, in place."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.Linear):
+            setattr(module, name, Int8Linear(child.weight, child.bias))
+        elif isinstance(child, DenseHead | TargetHead):
+            weight = child.weight if isinstance(child, DenseHead) else child.target_rows[0]
+            child.rounded = Int8Linear(weight)
+            child.scores = child.rounded.forward  # type: ignore[method-assign]
+        else:
+            replace_linears(child)
+
+
+def round_activations(module: nn.Module, on: bool) -> None:
+    """Switch the rounding of activations in every replaced layer."""
+    for child in module.modules():
+        if isinstance(child, Int8Linear):
+            child.rounds_activations = on

@@ -1,0 +1,130 @@
+"""After every build: seeded inputs through the new engine and PyTorch; a wrong engine is refused.
+
+An int8 engine is checked twice: its weights and graphs with float activations, to the tolerances
+of fp32, and as it runs, against PyTorch that rounds activations as the kernel does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from drafter.decoder import TargetDecoder
+from drafter.eagle3 import Drafter
+from drafter.errors import CheckFailed
+from engines.base import Engine, EngineManifest
+from engines.cases import BATCHES, make_cases
+from engines.parity import EXACT, ROUNDED, Comparison, Tolerance, compare
+from engines.torch_backend import torch_engines
+from export.contract import GraphName, contracts
+
+_PREFIXES = (5,)
+Engines = Mapping[GraphName, Engine]
+
+
+@dataclass(frozen=True)
+class Comparand:
+    """What must agree with a reference, and how closely; the keys of `engines` name them in reports."""
+
+    engines: Mapping[str, Engines]
+    reference: Engines
+    tolerances: Mapping[str, Tolerance]
+
+
+class Labelled(NamedTuple):
+    """One tensor of one case of the engines called `label`."""
+
+    label: str
+    comparison: Comparison
+
+
+def comparands(
+    manifest: EngineManifest,
+    open_as_built: Callable[[], Engines],
+    decoder: TargetDecoder,
+    drafter: Drafter,
+    exported: Mapping[str, Engines] | None = None,
+) -> Iterator[Comparand]:
+    """The checks that an engine folder needs; `exported` are graphs to check beside it.
+
+    For an int8 engine the linear layers of `decoder` and `drafter` are replaced for good.
+    """
+    exact = dict.fromkeys(ROUNDED, EXACT)
+    float_engines = dict(exported or {})
+    if manifest.precision != "int8":
+        float_engines["engine"] = open_as_built()
+    if float_engines:
+        yield Comparand(float_engines, torch_engines(decoder, drafter), exact)
+    if manifest.precision == "int8":
+        yield from _int8_comparands(manifest, open_as_built, decoder, drafter)
+
+
+def _int8_comparands(
+    manifest: EngineManifest,
+    open_as_built: Callable[[], Engines],
+    decoder: TargetDecoder,
+    drafter: Drafter,
+) -> Iterator[Comparand]:
+    from engines.int8_reference import replace_linears, round_activations
+    from engines.onnxruntime import open_with_float_activations
+
+    for module in (decoder, drafter):
+        replace_linears(module)
+        round_activations(module, False)
+    reference = torch_engines(decoder, drafter)
+    unrounded = {"engine, float activations": open_with_float_activations(manifest)}
+    yield Comparand(unrounded, reference, dict.fromkeys(ROUNDED, EXACT))
+    for module in (decoder, drafter):
+        round_activations(module, True)
+    yield Comparand({"engine": open_as_built()}, reference, ROUNDED)
+
+
+def run_comparand(
+    pair: Comparand,
+    manifest: EngineManifest,
+    *,
+    batches: Sequence[int] = BATCHES,
+    prefixes: Sequence[int] = _PREFIXES,
+) -> Iterator[Labelled]:
+    """Every tensor of every case, each reference output computed once."""
+    found = contracts(manifest.target, manifest.drafter)
+    cases = make_cases(
+        pair.reference, manifest.target, manifest.drafter, batches=batches, prefixes=prefixes
+    )
+    for case in cases:
+        expected = pair.reference[case.graph].run(case.feeds)
+        for label, engines in pair.engines.items():
+            outputs = engines[case.graph].run(case.feeds)
+            tolerance = pair.tolerances[case.graph]
+            for made in compare(found[case.graph], case.name, expected, outputs, tolerance):
+                yield Labelled(label, made)
+
+
+def self_check(
+    manifest: EngineManifest,
+    open_as_built: Callable[[], Engines],
+    decoder: TargetDecoder,
+    drafter: Drafter,
+) -> None:
+    """Compare every graph at batch 1 and 4. Raises CheckFailed naming the first tensor to differ."""
+    for pair in comparands(manifest, open_as_built, decoder, drafter):
+        bad = first_divergence(run_comparand(pair, manifest))
+        if bad is not None:
+            raise CheckFailed(f"{describe(bad)}; the engine was not kept.")
+
+
+def first_divergence(made: Iterable[Labelled]) -> Labelled | None:
+    """The first tensor out of tolerance, in computation order of the first bad case."""
+    return next((one for one in made if not one.comparison.ok), None)
+
+
+def describe(made: Labelled) -> str:
+    """One clause on a tensor out of tolerance."""
+    bad, agreement = made.comparison, ""
+    if bad.topk_agreement is not None:
+        agreement = f", top-k agreement {bad.topk_agreement:.1%}"
+    return (
+        f"{made.label}: {bad.graph}, {bad.case}: {bad.tensor} is the first tensor to differ from "
+        f"PyTorch (max abs error {bad.max_abs:.2e}, relative {bad.max_rel:.2e}{agreement})"
+    )

@@ -10,7 +10,9 @@ and drops them with `truncate`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy.typing as npt
 import torch
 
 from drafter.errors import UsageError
@@ -37,6 +39,7 @@ class KeyValueCache:
         rows = max(1, min(capacity, max_length))
         # [2L, 1, capacity, KV]
         self._block = torch.zeros(2 * layers, 1, rows, kv_size, dtype=dtype)
+        self._rows = _row_views(self._block)
 
     @property
     def capacity(self) -> int:
@@ -56,17 +59,15 @@ class KeyValueCache:
         `accepted` names the time steps to keep, in order; None keeps all. Raises UsageError when
         the context is full; the cache is then as before.
         """
-        new = [outputs[name] for name in self._new_names]  # 2L of [1, T, KV]
-        end = self.length + (new[0].shape[1] if accepted is None else len(accepted))
-        self._reserve(end)
-        room = self._block[:, :, self.length : end]
-        if accepted is None:
-            torch.stack(new, out=room)
-        else:
-            # One gather for all layers: the rows of a round are few, the calls are what costs.
-            rows = torch.tensor(accepted, dtype=torch.int64)
-            room.copy_(torch.stack(new).index_select(2, rows))
-        self.length = end
+        new = [outputs[name].numpy()[0] for name in self._new_names]  # 2L of [T, KV]
+        kept = range(new[0].shape[0]) if accepted is None else accepted
+        self._reserve(self.length + len(kept))
+        # By runs of neighbours and in numpy: the copies are tiny, so the calls are what costs.
+        for first, count in _runs(kept):
+            end = self.length + count
+            for rows, made in zip(self._rows, new, strict=True):
+                rows[self.length : end] = made[first : first + count]
+            self.length = end
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` rows only. Raises ValueError beyond what is there."""
@@ -86,7 +87,23 @@ class KeyValueCache:
         shape[2] = min(max(rows, 2 * self.capacity), self.max_length)
         grown = self._block.new_zeros(shape)
         grown[:, :, : self.length] = self._block[:, :, : self.length]
-        self._block = grown
+        self._block, self._rows = grown, _row_views(grown)
+
+
+def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """Consecutive numbers as (first, count): 0 1 5 6 7 -> (0, 2), (5, 3)."""
+    runs: list[tuple[int, int]] = []
+    for number in numbers:
+        if runs and number == sum(runs[-1]):
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((number, 1))
+    return runs
+
+
+def _row_views(block: torch.Tensor) -> list[npt.NDArray[Any]]:
+    """Each layer's rows [capacity, KV] as numpy arrays over the same memory."""
+    return list(block.numpy()[:, 0])
 
 
 def _names(prefix: str, layers: int) -> list[str]:

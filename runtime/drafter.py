@@ -18,7 +18,7 @@ import torch
 from drafter.config import DrafterConfig
 from engines.base import Engine
 from runtime.cache import KeyValueCache
-from runtime.target import attention_mask
+from runtime.target import attention_mask, int_row
 from runtime.tree import Frontier, Proposals
 
 
@@ -73,11 +73,11 @@ class EngineDrafter:
         self._cache.truncate(self._slots)
         count, first = len(tokens), self._slots
         feeds = {
-            "input_ids": torch.tensor([tokens], dtype=torch.int64),
+            "input_ids": int_row(tokens),
             "taps": taps,
-            "position_ids": torch.arange(first, first + count).unsqueeze(0),
+            "position_ids": int_row(range(first, first + count)),
             "attention_mask": attention_mask(first, np.tri(count, dtype=np.bool_)),
-            "rows": torch.tensor([[count - 1]]),
+            "rows": int_row([count - 1]),
             **self._cache.past(),
         }
         proposals = self._run(self._extend, feeds)
@@ -90,12 +90,14 @@ class EngineDrafter:
         fed = self._cache.length - self._slots
         among = np.zeros((count, fed + count), dtype=np.bool_)
         for row, ancestors in enumerate(frontier.ancestors):
-            among[row, [*ancestors, fed + row]] = True
+            for seen in ancestors:
+                among[row, seen] = True
+            among[row, fed + row] = True
         position = self._slots - 1 + frontier.depth
         feeds = {
-            "input_ids": torch.tensor([frontier.tokens], dtype=torch.int64),
-            "parent_state": self._state.index_select(1, torch.tensor(frontier.parent_rows)),
-            "position_ids": torch.full((1, count), position),
+            "input_ids": int_row(frontier.tokens),
+            "parent_state": self._state.index_select(1, int_row(frontier.parent_rows)[0]),
+            "position_ids": int_row([position] * count),
             "attention_mask": attention_mask(self._slots, among),
             **self._cache.past(),
         }
@@ -113,6 +115,6 @@ class EngineDrafter:
         self._cache.commit(outputs)
         self._state = outputs["state"]
         return Proposals(
-            tokens=outputs["topk_ids"][0].tolist(),
-            log_probs=outputs["topk_logprobs"][0].tolist(),
+            tokens=outputs["topk_ids"].tolist()[0],
+            log_probs=outputs["topk_logprobs"].tolist()[0],
         )

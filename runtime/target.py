@@ -92,7 +92,7 @@ class EngineTarget:
     def commit(self, nodes: Sequence[int]) -> torch.Tensor:
         """See `Target`."""
         self._cache.commit(self._outputs, nodes)
-        return self._outputs["taps"].index_select(1, torch.tensor(nodes))  # [1, a+1, 3H]
+        return self._outputs["taps"].index_select(1, int_row(nodes)[0])  # [1, a+1, 3H]
 
     def truncate(self, length: int) -> None:
         """See `Target`."""
@@ -107,16 +107,21 @@ class EngineTarget:
     ) -> dict[str, torch.Tensor]:
         prefix = self._cache.length
         feeds = {
-            "input_ids": torch.tensor([tokens], dtype=torch.int64),
-            "position_ids": torch.tensor([[prefix + depth for depth in depths]], dtype=torch.int64),
+            "input_ids": int_row(tokens),
+            "position_ids": int_row([prefix + depth for depth in depths]),
             "attention_mask": attention_mask(prefix, mask),
-            "rows": torch.tensor([rows], dtype=torch.int64),
+            "rows": int_row(rows),
             **self._cache.past(),
         }
         start = time.perf_counter()
         outputs = self._engine.run(feeds)
         self.engine_seconds += time.perf_counter() - start
         return outputs
+
+
+def int_row(values: Sequence[int]) -> torch.Tensor:
+    """int64 [1, N]. By way of numpy, which is several times faster at this than torch."""
+    return torch.from_numpy(np.array([values], dtype=np.int64))
 
 
 def attention_mask(prefix: int, among: npt.NDArray[np.bool_]) -> torch.Tensor:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -152,57 +152,58 @@ class DraftTree:
         return [self.path(node) for node in range(1, len(self)) if node not in inner]
 
 
-@dataclass(slots=True)
 class _Pool:
-    """All candidates of a round, in flat order; `rows` are their drafter cache rows once fed."""
+    """All candidates of a round, in flat order.
 
-    config: TreeConfig
-    tokens: list[int] = field(default_factory=list)
-    parents: list[int] = field(default_factory=list)  # flat index, -1: the root
-    depths: list[int] = field(default_factory=list)
-    scores: list[float] = field(default_factory=list)
-    # Per candidate, the cache rows that its children attend: its ancestors' rows and its own.
-    rows: dict[int, tuple[int, ...]] = field(default_factory=lambda: {-1: ()})
+    `bar`: what a path score has to exceed to be worth keeping. Once `budget` candidates exist it is
+    the worst of the best `budget` scores: later candidates that do not exceed it cannot enter the
+    tree, nor can their children, so leaving them out changes nothing but the time.
+    """
+
+    def __init__(self, config: TreeConfig) -> None:
+        self.tokens: list[int] = []
+        self.parents: list[int] = []  # flat index, -1: the root
+        self.depths: list[int] = []
+        self.scores: list[float] = []
+        self._config = config
+        self._floor = -math.inf
+        if config.min_prob > 0:
+            self._floor = math.nextafter(math.log(config.min_prob), -math.inf)
+        self.bar = self._floor
 
     def propose(self, parents: Sequence[int], proposals: Proposals, depth: int) -> range:
         """Append the children proposed for `parents`; returns the new flat indices."""
-        first = len(self.tokens)
-        floor = math.log(self.config.min_prob) if self.config.min_prob > 0 else -math.inf
-        width = self.config.width
-        for row, parent in enumerate(parents):
+        first, width, bar = len(self.tokens), self._config.width, self.bar
+        for parent, tokens, log_probs in zip(parents, *proposals, strict=True):
+            if math.isnan(sum(log_probs)):
+                raise CheckFailed(
+                    "the drafter's log-probabilities hold a value that is not a number; "
+                    "run `pipeline check` on this engine."
+                )
             base = self.scores[parent] if parent >= 0 else 0.0
-            tokens, log_probs = proposals.tokens[row], proposals.log_probs[row]
-            for token, log_prob in zip(tokens[:width], log_probs[:width], strict=True):
+            for token, log_prob in zip(tokens[:width], log_probs, strict=False):
                 # Rounding may lift a log-prob above 0; a child must never outscore its parent.
-                score = base if log_prob > 0 else base + log_prob
-                if math.isnan(score):
-                    raise CheckFailed(
-                        f"the drafter's log-probability of token {token} is not a number; "
-                        "run `pipeline check` on this engine."
-                    )
-                if score >= floor and score > -math.inf:
-                    self.tokens.append(token)
-                    self.parents.append(parent)
-                    self.depths.append(depth)
-                    self.scores.append(score)
-        return range(first, len(self.tokens))
+                score = base + log_prob if log_prob < 0 else base
+                if score <= bar:
+                    break  # best first: the rest is not above the bar either
+                self.tokens.append(token)
+                self.parents.append(parent)
+                self.scores.append(score)
+        new = range(first, len(self.tokens))
+        self.depths += [depth] * len(new)
+        if len(self.scores) >= self._config.budget:
+            self.bar = sorted(self.scores, reverse=True)[self._config.budget - 1]
+        return new
 
     def frontier(self, level: range) -> list[int]:
-        """The nodes of `level` worth expanding: its best `width`, best first.
-
-        Once `budget` candidates exist, a node not above the worst of the best `budget` is left out:
-        its children, later in flat order and not above it, could not enter the tree.
-        """
-        best = self._best(level, self.config.width)
-        if len(self.scores) < self.config.budget:
-            return best
-        bar = sorted(self.scores, reverse=True)[self.config.budget - 1]
-        return [node for node in best if self.scores[node] > bar]
+        """The nodes of `level` worth expanding: its best `width` above the bar, best first."""
+        return [n for n in self._best(level, self._config.width) if self.scores[n] > self.bar]
 
     def selected(self, root: int) -> DraftTree:
         """The best `budget` candidates under the root, in flat order."""
-        kept = sorted(self._best(range(len(self.tokens)), self.config.budget))
-        node_of = {-1: 0} | {flat: node for node, flat in enumerate(kept, start=1)}
+        kept = sorted(self._best(range(len(self.tokens)), self._config.budget))
+        node_of = {flat: node for node, flat in enumerate(kept, start=1)}
+        node_of[-1] = 0
         return DraftTree(
             tokens=[root] + [self.tokens[flat] for flat in kept],
             parents=[-1] + [node_of[self.parents[flat]] for flat in kept],
@@ -219,23 +220,29 @@ def grow(root: int, first: Proposals, expand: Expand, config: TreeConfig) -> Dra
     """Draft one round's tree.
 
     `first` holds the proposals after the root (R = 1); `expand` feeds a frontier to the drafter and
-    returns the proposals after each of its nodes. It is called at most depth-1 times.
+    returns the proposals after each of its nodes. It is called at most depth-1 times. Raises
+    CheckFailed for a log-probability that is not a number.
     """
     pool = _Pool(config)
     level = pool.propose([-1], first, depth=1)
     place = {-1: 0}  # flat index -> row of the drafter's previous output
+    seen: dict[int, tuple[int, ...]] = {-1: ()}  # flat index -> cache rows that its children attend
     fed = 0
     for depth in range(1, config.depth):
         nodes = pool.frontier(level)
         if not nodes:
             break
         parents = [pool.parents[node] for node in nodes]
-        ancestors = [pool.rows[parent] for parent in parents]
-        tokens = [pool.tokens[node] for node in nodes]
-        proposals = expand(Frontier(tokens, [place[p] for p in parents], ancestors, depth))
-        for row, node in enumerate(nodes):
-            pool.rows[node] = (*ancestors[row], fed + row)
-        fed += len(nodes)
+        frontier = Frontier(
+            tokens=[pool.tokens[node] for node in nodes],
+            parent_rows=[place[parent] for parent in parents],
+            ancestors=[seen[parent] for parent in parents],
+            depth=depth,
+        )
+        proposals = expand(frontier)
         place = {node: row for row, node in enumerate(nodes)}
+        for row, node in enumerate(nodes, start=fed):
+            seen[node] = (*seen[pool.parents[node]], row)
+        fed += len(nodes)
         level = pool.propose(nodes, proposals, depth + 1)
     return pool.selected(root)

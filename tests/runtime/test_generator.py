@@ -53,7 +53,7 @@ def text_of(token_ids: list[int]) -> str:
 
 
 class TestGenerate:
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=25, deadline=None)
     @given(
         generator=st.sampled_from(GENERATORS),
         prompt=st.text(min_size=1, max_size=12),
@@ -105,7 +105,7 @@ class TestGenerate:
     def test_stop_string_inside_a_block_is_in_no_figure(self) -> None:
         """Whatever completes the stop string, later tokens of its round count nowhere."""
         free = GENERATORS[0].generate("hello", max_tokens=40, raw=True)
-        for start in range(len(free.text) - 2):
+        for start in range(0, len(free.text) - 2, 3):
             stop = free.text[start : start + 2]
             if "\ufffd" in stop:  # may stand for bytes that a later token completes
                 continue

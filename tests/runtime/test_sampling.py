@@ -48,7 +48,8 @@ def naive_law(logits: Logits, config: SamplingConfig) -> Law:
 tied_logits = st.lists(
     st.sampled_from([-math.inf, -2.0, -0.5, 0.0, 0.25, 1.0, 3.0]), min_size=1, max_size=40
 ).filter(lambda values: max(values) > -math.inf)
-free_logits = st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=200)
+# Steps of 1/64: far enough apart that rounding in exp neither makes nor breaks a tie.
+free_logits = st.lists(st.integers(-1280, 1280).map(lambda n: n / 64), min_size=1, max_size=80)
 configs = st.builds(
     SamplingConfig,
     temperature=st.sampled_from([0.0, 0.3, 1.0, 1.7]),
@@ -60,7 +61,7 @@ configs = st.builds(
 
 
 class TestTargetLaw:
-    @settings(max_examples=400, deadline=None)
+    @settings(max_examples=200, deadline=None)
     @given(values=tied_logits | free_logits, config=configs)
     def test_equals_the_naive_definition(self, values: list[float], config: SamplingConfig) -> None:
         logits = np.array(values, dtype=np.float32)

@@ -69,7 +69,7 @@ stops = st.lists(st.text(alphabet="ab\u20ac", min_size=1, max_size=4), max_size=
 
 
 class TestCharacters:
-    @settings(max_examples=400, deadline=None)
+    @settings(max_examples=200, deadline=None)
     @given(tokens=divided(texts | mangled | st.binary(max_size=12)))
     def test_pieces_join_to_the_text_of_all_bytes_at_once(self, tokens: list[bytes]) -> None:
         pieces, _ = stream(tokens)
@@ -90,7 +90,7 @@ class TestCharacters:
 
 
 class TestStopStrings:
-    @settings(max_examples=500, deadline=None)
+    @settings(max_examples=250, deadline=None)
     @given(tokens=divided(few), stop=stops)
     def test_text_ends_before_the_one_complete_first(
         self, tokens: list[bytes], stop: list[str]
@@ -98,7 +98,7 @@ class TestStopStrings:
         pieces, text = stream(tokens, stop)
         assert ("".join(pieces), text.stopped) == cut(at_once(tokens), stop)
 
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=150, deadline=None)
     @given(tokens=divided(few), stop=stops)
     def test_shows_all_that_no_stop_string_can_still_claim(
         self, tokens: list[bytes], stop: list[str]

@@ -97,7 +97,7 @@ oracles = st.builds(
 
 
 class TestGrow:
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=100, deadline=None)
     @given(oracle=oracles, config=configs)
     def test_equals_expanding_everything_and_reranking(
         self, oracle: Oracle, config: TreeConfig
@@ -106,7 +106,7 @@ class TestGrow:
         got = [(token_path(tree, node), tree.scores[node]) for node in range(1, len(tree))]
         assert sorted(got) == sorted(oracle.literal(config))
 
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=100, deadline=None)
     @given(oracle=oracles, config=configs)
     def test_is_a_tree_in_flat_order_within_its_limits(
         self, oracle: Oracle, config: TreeConfig
@@ -160,7 +160,7 @@ class TestGrow:
 
     def test_refuses_a_score_that_is_not_a_number(self) -> None:
         first = Proposals([[1, 2]], [[-0.1, math.nan]])
-        with pytest.raises(CheckFailed, match="token 2 is not a number"):
+        with pytest.raises(CheckFailed, match="not a number"):
             grow(ROOT, first, lambda _: first, TreeConfig(1, 2, 2))
 
 

@@ -196,16 +196,28 @@ class TestFailures:
             answer = server.client().completions.create(model=MODEL, prompt="3", temperature=0)
             assert answer.choices[0].text.startswith("456")
 
-    def test_a_bug_is_500_without_its_message(self, generator: ValvedGenerator) -> None:
-        """The Generator belongs to somebody else, which the server does not expect."""
+    def test_a_generator_in_use_elsewhere_is_said_so(self, generator: ValvedGenerator) -> None:
         with running(generator) as server:
             stolen = generator.stream("7", raw=True)
             next(stolen)
+            with pytest.raises(openai.InternalServerError, match="another request") as raised:
+                server.client().completions.create(model=MODEL, **ENDLESS)
+            assert raised.value.code == "generation_failed"
+            stolen.close()  # type: ignore[attr-defined]  # a Python generator
+
+    def test_a_bug_is_500_without_its_message(
+        self, generator: ValvedGenerator, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A message of Python's could quote the prompt."""
+        with running(generator) as server:
+            monkeypatch.setattr(generator, "tokenizer", {"no": "tokenizer"})
             with pytest.raises(openai.InternalServerError) as raised:
                 server.client().completions.create(model=MODEL, **ENDLESS)
-            assert raised.value.status_code == 500
-            stolen.close()  # type: ignore[attr-defined]  # a Python generator
-            assert server.http.get("/health").json() == {"status": "ok"}
+            assert (raised.value.status_code, raised.value.code) == (500, "internal")
+            assert "dict" not in str(raised.value)
+            monkeypatch.undo()
+            answer = server.client().completions.create(model=MODEL, prompt="3", temperature=0)
+            assert answer.choices[0].text.startswith("456")
 
 
 class TestShutdown:

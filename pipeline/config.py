@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import tomllib
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -72,7 +72,7 @@ class DrafterOptions(_Options):
     head: str = "low_rank"
     rank: int | None = Field(None, ge=1)
     rescore: int = Field(128, ge=0)
-    head_init: str = "activation-pca"
+    head_init: Literal["activation-pca", "random"] = "activation-pca"
     from_target: bool = True
     taps: tuple[int, ...] | None = None
 

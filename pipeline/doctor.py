@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from pipeline.workspace import last_engine
 
 _NEEDED_GB = 3.0  # default target, export and engine
 _NEEDED_MEMORY_GB = 4.0
+_LATER = ("tensorrt", "tensorrt-rtx", "tensorrt-llm")
+_NOT_YET = "not in this version"
 
 
 def examine() -> DoctorReport:
@@ -41,9 +44,23 @@ def require_usable(report: DoctorReport) -> None:
 
 
 def _backends() -> list[BackendState]:
-    from engines import backends_available
+    """Those of the registry by what is installed, then those this version does not have yet."""
+    from engines import BACKENDS
 
-    return [BackendState.model_validate(state) for state in backends_available()]
+    found = []
+    for name, backend in BACKENDS.items():
+        usable = find_spec(backend.package) is not None
+        precisions = ", ".join(backend.precisions)
+        found.append(
+            BackendState(
+                name=name,
+                usable=usable,
+                detail=f"CPU; {precisions}" if usable else f"{backend.package} is not installed",
+                install=None if usable else f"pip install {backend.package}",
+            )
+        )
+    later = [name for name in _LATER if name not in BACKENDS]
+    return found + [BackendState(name=n, usable=False, detail=_NOT_YET) for n in later]
 
 
 def _cache() -> dict[str, Any]:

@@ -5,12 +5,9 @@ These are a promise to programs: keys are never renamed or removed within one `s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
-
-from drafter.errors import CheckFailed
 
 SCHEMA = 1
 
@@ -45,22 +42,21 @@ class ParityRow(_Report):
     ok: bool
 
 
-class CheckReport(_Report):
+class CheckRow(ParityRow):
+    """The same for one case, against PyTorch of the exported graph ("onnx") or of the engine."""
+
+    case: str
+    against: str
+
+
+class ParityReport(_Report):
     """What `pipeline check --json` prints."""
 
     schema_version: int = Field(default=SCHEMA, alias="schema")
     engine: str
     ok: bool
-    parity: list[ParityRow]
-
-
-def require_parity(rows: Sequence[ParityRow]) -> None:
-    """Raise CheckFailed, naming the first tensor that differs, where parity does not hold."""
-    if failed := [row for row in rows if not row.ok]:
-        raise CheckFailed(
-            f"parity fails in {len(failed)} of {len(rows)} tensors, first "
-            f"{failed[0].graph}.{failed[0].tensor}: max abs error {failed[0].max_abs:.2e}."
-        )
+    first_divergence: str | None
+    parity: list[CheckRow]
 
 
 class DecodeReport(_Report):

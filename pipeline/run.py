@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from drafter.errors import CheckFailed
 from drafter.sources import TargetFolder
@@ -12,7 +13,7 @@ from pipeline.evaluate import Pair, evaluate, summarise
 from pipeline.machine import machine, peak_rss_mb, versions
 from pipeline.progress import progress
 from pipeline.prompts import PromptSet, mt_bench_prompts, own_prompts, read_prompts
-from pipeline.reports import CheckReport, DecodeReport, HeadReport, RunReport, require_parity
+from pipeline.reports import DecodeReport, HeadReport, ParityRow, RunReport
 from pipeline.stages import (
     Stages,
     build_stage,
@@ -23,18 +24,33 @@ from pipeline.stages import (
     find_drafter,
 )
 
+if TYPE_CHECKING:
+    from pipeline.check import CheckReport
+
 STAGES = ("fetch", "drafter", "export", "build-engine", "check", "decode", "head")
 _SMOKE_PROMPTS = 3
 
 
-def run(options: RunOptions) -> tuple[RunReport, list[Pair], PromptSet]:
+@dataclass(frozen=True)
+class Outcome:
+    """What a run found: the report, and what its tables show besides."""
+
+    report: RunReport
+    check: CheckReport
+    pairs: list[Pair]
+    prompts: PromptSet
+
+
+def run(options: RunOptions, offline: bool | None = None) -> Outcome:
     """Do all stages and measure. Whether the result is good is `verdict`'s business."""
     if options.smoke:
         tokens = min(options.max_tokens, SMOKE_TOKENS)
         options = options.model_copy(update={"max_tokens": tokens})
     stages = Stages(len(STAGES))
-    target, prompts = stages.run(
-        "fetch", lambda: (fetch_target(options.target), choose_prompts(options)), _fetched
+    prompts, target = stages.run(
+        "fetch",
+        lambda: (choose_prompts(options, offline), fetch_target(options.target, offline)),
+        _fetched,
     )
     drafter = stages.run("drafter", lambda: find_drafter(target, options.drafter), str)
     export = stages.run(
@@ -46,34 +62,55 @@ def run(options: RunOptions) -> tuple[RunReport, list[Pair], PromptSet]:
         describe,
     )
     engine = Path(built.path)
-    checked = stages.run("check", lambda: check_stage(engine), _checked)
+    check = stages.run("check", lambda: check_stage(engine, threads=options.threads), _checked)
     pairs, tree = stages.run("decode", lambda: _decode(engine, options, prompts), _decoded)
     head = stages.run("head", lambda: _heads(target.path, drafter, tree["width"], options), _timed)
     report = RunReport(
         environment=environment(options, target.name, drafter, prompts, tree),
-        parity=checked.parity,
+        parity=parity_rows(check),
         decode=summarise(pairs),
         head=head,
         seconds_by_stage={name: round(s, 3) for name, s in stages.seconds.items()},
         peak_rss_mb=peak_rss_mb(),
     )
-    return report, pairs, prompts
+    return Outcome(report, check, pairs, prompts)
 
 
-def verdict(report: RunReport) -> None:
-    """Raise CheckFailed where parity or identity of the texts does not hold.
+def verdict(outcome: Outcome) -> None:
+    """Raise CheckFailed where parity or the identity of the texts does not hold."""
+    outcome.check.raise_if_failed()
+    known = outcome.report.environment
+    check_identical(outcome.report.decode, known["precision"], known["temperature"])
 
-    Texts must be equal for greedy decoding in fp32; sampled ones never are, and other precisions
-    round differently for one token than for several.
-    """
-    require_parity(report.parity)
-    check_identical(
-        report.decode, report.environment["precision"], report.environment["temperature"]
+
+def parity_rows(check: CheckReport) -> list[ParityRow]:
+    """One row for each graph and tensor: the worst of its cases, exported graph and engine."""
+    worst: dict[tuple[str, str], ParityRow] = {}
+    for found in check.rows():
+        row = ParityRow(**{name: found[name] for name in ParityRow.model_fields})
+        key = (row.graph, row.tensor)
+        worst[key] = _worse(worst.get(key, row), row)
+    return list(worst.values())
+
+
+def _worse(one: ParityRow, other: ParityRow) -> ParityRow:
+    agreements = [a for a in (one.topk_agreement, other.topk_agreement) if a is not None]
+    return ParityRow(
+        graph=one.graph,
+        tensor=one.tensor,
+        max_abs=max(one.max_abs, other.max_abs),
+        max_rel=max(one.max_rel, other.max_rel),
+        topk_agreement=min(agreements) if agreements else None,
+        ok=one.ok and other.ok,
     )
 
 
 def check_identical(decode: DecodeReport, precision: str, temperature: float) -> None:
-    """Raise CheckFailed where greedy texts differ in fp32."""
+    """Raise CheckFailed where greedy texts differ in fp32.
+
+    Sampled texts always differ, and other precisions round differently for one token than for
+    several, so there the count is a figure and no verdict.
+    """
     if temperature == 0 and precision == "fp32" and decode.identical < decode.prompts:
         raise CheckFailed(
             f"{decode.prompts - decode.identical} of {decode.prompts} speculative texts differ "
@@ -81,13 +118,13 @@ def check_identical(decode: DecodeReport, precision: str, temperature: float) ->
         )
 
 
-def choose_prompts(options: RunOptions) -> PromptSet:
+def choose_prompts(options: RunOptions, offline: bool | None = None) -> PromptSet:
     """The prompts of a run: a file's, our own few for a smoke run, else MT-Bench."""
     if options.prompt_file is not None:
         return read_prompts(options.prompt_file)
     if options.smoke:
         return own_prompts(min(options.prompts, _SMOKE_PROMPTS))
-    return mt_bench_prompts(options.prompts)
+    return mt_bench_prompts(options.prompts, offline=offline)
 
 
 def environment(
@@ -139,13 +176,14 @@ def _heads(target: Path, drafter: Path, rows: int, options: RunOptions) -> HeadR
         return measure_heads(loaded, rows, backend=options.backend, threads=options.threads)
 
 
-def _fetched(found: tuple[TargetFolder, PromptSet]) -> str:
-    return f"{found[0].name} in {found[0].path}; {found[1].title}"
+def _fetched(found: tuple[PromptSet, TargetFolder]) -> str:
+    prompts, target = found
+    return f"{target.name} in {target.path}; {prompts.title}"
 
 
-def _checked(report: CheckReport) -> str:
-    good = sum(row.ok for row in report.parity)
-    return f"{good} of {len(report.parity)} tensors within tolerance"
+def _checked(check: CheckReport) -> str:
+    rows = parity_rows(check)
+    return f"{sum(row.ok for row in rows)} of {len(rows)} tensors within tolerance"
 
 
 def _decoded(found: tuple[list[Pair], dict[str, int]]) -> str:

@@ -12,14 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from drafter.artifact import MANIFEST, Manifest, fingerprint, read_artifact
 from drafter.errors import MissingError, UsageError
 from drafter.sources import BUILTIN_TARGETS, TargetFolder, resolve_target
 from pipeline.config import BuildOptions
 from pipeline.progress import note, progress
-from pipeline.reports import ArtifactReport, CheckReport, ParityRow
+from pipeline.reports import ArtifactReport
 from pipeline.workspace import (
     engine_name,
     remember_engine,
@@ -30,6 +30,9 @@ from pipeline.workspace import (
 
 DRAFTER_KIND = "drafter"
 T = TypeVar("T")
+
+if TYPE_CHECKING:
+    from pipeline.check import CheckReport
 
 
 @dataclass
@@ -144,6 +147,8 @@ def check_stage(
     target: str | None = None,
     drafter: str | None = None,
     export: Path | None = None,
+    *,
+    threads: int | None = None,
     offline: bool | None = None,
 ) -> CheckReport:
     """Compare an engine with its sources; those not given are what it was built from here.
@@ -165,9 +170,14 @@ def check_stage(
         drafter_folder = known.drafter if drafter is None else _checked(_chosen_drafter(drafter))
         export = export or known.export
     with progress("check") as tell:
-        found_rows = run_check(engine, target_folder, drafter_folder, export, progress=tell).rows
-    rows = [ParityRow.model_validate(row) for row in found_rows]
-    return CheckReport(engine=str(engine), ok=all(row.ok for row in rows), parity=rows)
+        return run_check(
+            engine,
+            target_folder,
+            drafter_folder,
+            export,
+            threads=threads,
+            progress=lambda what: tell(what, 0.0),
+        )
 
 
 def artifact_report(manifest: Manifest, folder: Path, before: str | None = None) -> ArtifactReport:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
 
 from rich.table import Table
 
 from pipeline.evaluate import Pair, decode_rate, seconds_by_part, spread
-from pipeline.reports import DecodeReport, DoctorReport, HeadReport, ParityRow
+from pipeline.reports import DecodeReport, DoctorReport, HeadReport
 
 _PARTS = {
     "prefill_s": "prompt",
@@ -16,24 +15,6 @@ _PARTS = {
     "verify_s": "verify (target engine)",
     "overhead_s": "our own code",
 }
-
-
-def parity_table(rows: Sequence[ParityRow]) -> Table:
-    """The worst tensor of each graph."""
-    table = _table("Parity with PyTorch", ("graph", "tensors", "worst", "max abs", "top-k", "ok"))
-    for graph, found in groupby(sorted(rows, key=lambda row: row.graph), lambda row: row.graph):
-        group = list(found)
-        worst = max(group, key=lambda row: (not row.ok, row.max_abs))
-        agreements = [r.topk_agreement for r in group if r.topk_agreement is not None]
-        table.add_row(
-            graph,
-            str(len(group)),
-            worst.tensor,
-            f"{worst.max_abs:.1e}",
-            f"{min(agreements):.2%}" if agreements else "-",
-            _yes(all(row.ok for row in group)),
-        )
-    return table
 
 
 def decode_table(report: DecodeReport, pairs: Sequence[Pair], title: str) -> Table:

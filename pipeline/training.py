@@ -86,6 +86,10 @@ def drafter_config(
     options: TrainOptions, target: TargetFolder, shape: TargetConfig
 ) -> DrafterConfig:
     """The drafter to train. Raises UsageError for a rank, tap or rescoring that does not fit."""
+    from drafter.heads import HEADS
+
+    if options.head not in HEADS:
+        raise UsageError(f"--head is '{options.head}'; known heads: {', '.join(sorted(HEADS))}.")
     low_rank = options.head == "low_rank"
     if not low_rank and options.rank is not None:
         raise UsageError(f"--rank is for the low_rank head, --head is {options.head}; drop one.")

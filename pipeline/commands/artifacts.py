@@ -110,6 +110,7 @@ def check(
     export: Annotated[
         Path | None, o.option("--export", help="The export.", default="what the engine came from")
     ] = None,
+    threads: o.Threads = None,
     offline: o.Offline = False,
     as_json: o.Json = False,
 ) -> None:
@@ -120,14 +121,22 @@ def check(
       pipeline check
       pipeline check --engine ./engine --target ./my-llama --drafter ./my-drafter --json
     """
-    from pipeline.reports import require_parity
+    from pipeline.reports import CheckRow, ParityReport
     from pipeline.stages import check_stage
-    from pipeline.tables import parity_table
     from pipeline.workspace import last_engine
 
-    report = check_stage(engine or last_engine(), target, drafter, export, o.offline(offline))
+    folder = engine or last_engine()
+    found = check_stage(
+        folder, target, drafter, export, threads=threads, offline=o.offline(offline)
+    )
     if as_json:
+        report = ParityReport(
+            engine=str(folder),
+            ok=found.ok,
+            first_divergence=found.first_divergence,
+            parity=[CheckRow.model_validate(row) for row in found.rows()],
+        )
         print_json(report.to_json())
     else:
-        print_tables(parity_table(report.parity))
-    require_parity(report.parity)
+        print_tables(found.table())
+    found.raise_if_failed()

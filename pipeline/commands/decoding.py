@@ -56,12 +56,14 @@ def generate(
       pipeline generate --prompt "Hello" --no-speculation --json
     """
     from pipeline.workspace import last_engine
-    from runtime.generator import Generator
 
     decode = options(DecodeOptions, max_tokens=max_tokens, temperature=temperature, seed=seed)
     tree = options(TreeOptions, depth=depth, width=width, budget=budget)
     asked = _prompt(prompt, system, raw)
-    generator = Generator.load(engine or last_engine(), threads=threads)
+    folder = engine or last_engine()
+    from runtime.generator import Generator  # imports PyTorch: after the cheap mistakes
+
+    generator = Generator.load(folder, threads=threads)
     pieces = generator.stream(
         asked,
         max_tokens=decode.max_tokens,
@@ -106,6 +108,7 @@ def evaluate(
     details: Annotated[
         Path | None, o.option("--details", help="JSONL file for the figures of every prompt.")
     ] = None,
+    offline: o.Offline = False,
     as_json: o.Json = False,
 ) -> None:
     """Measure plain against speculative decoding on one engine, interleaved, prompt by prompt.
@@ -131,7 +134,10 @@ def evaluate(
     if details is not None:
         check_writable(details)
     folder = engine or last_engine()
-    chosen = mt_bench_prompts() if prompts is None else read_prompts(prompts)
+    if prompts is None:
+        chosen = mt_bench_prompts(offline=o.offline(offline))
+    else:
+        chosen = read_prompts(prompts)
     generator = Generator.load(folder, threads=threads)
     with progress("evaluate") as tell:
         pairs = measure(generator, chosen, decode, tell, _tree(generator, tree))

@@ -38,6 +38,7 @@ def run(
         Path | None, o.option("--json", help="File for the report, see docs/json.md.")
     ] = None,
     config: o.Config = None,
+    offline: o.Offline = False,
 ) -> None:
     """Fetch, export, build, check, decode: everything for one target, ending in a report.
 
@@ -74,18 +75,19 @@ def run(
     )
     from pipeline.run import run as run_all
     from pipeline.run import verdict
-    from pipeline.tables import decode_table, head_table, parity_table, time_table
+    from pipeline.tables import decode_table, head_table, time_table
 
-    report, pairs, chosen_prompts = run_all(chosen)
+    outcome = run_all(chosen, o.offline(offline))
+    report = outcome.report
     if json_file is not None:
         write_json(json_file, report.to_json())
     print_tables(
-        parity_table(report.parity),
-        decode_table(report.decode, pairs, chosen_prompts.title),
-        time_table(pairs),
+        outcome.check.table(),
+        decode_table(report.decode, outcome.pairs, outcome.prompts.title),
+        time_table(outcome.pairs),
         head_table(report.head),
     )
-    verdict(report)
+    verdict(outcome)
 
 
 def _prompts(given: str | None) -> tuple[int | None, Path | None]:

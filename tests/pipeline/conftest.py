@@ -1,0 +1,103 @@
+"""A command line in-process, a tiny drafter, and one tiny engine built by `pipeline run`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from drafter.artifact import sha256_file, write_artifact
+from drafter.checkpoint import load_target, save_drafter
+from drafter.config import drafter_config_for
+from drafter.families import read_target_config
+from drafter.start import start_drafter
+from tests.pipeline.command import Result, run_command
+
+PROMPTS = ("The target checks what", "def fibonacci(n: int)", "A tree of tokens is drafted")
+
+
+@pytest.fixture(scope="session")
+def tiny_drafter_dir(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained drafter of the tiny target, as an artifact; read only."""
+    folder = tmp_path_factory.mktemp("drafters") / "tiny"
+    return write_tiny_drafter(folder, tiny_llama_dir)
+
+
+def write_tiny_drafter(folder: Path, target_dir: Path) -> Path:
+    """A random low-rank drafter of a target."""
+    target = load_target(target_dir)
+    config = drafter_config_for(
+        read_target_config(target_dir),
+        rescore=16,
+        tokenizer_sha256=sha256_file(target_dir / "tokenizer.json"),
+    )
+    with write_artifact(folder, "drafter", "tiny", {}, {}, {}) as out:
+        save_drafter(start_drafter(config, target, head_init="random"), out)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prompt_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three prompts, one a line; read only."""
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS))
+    return path
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of this test's own, off line."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("SLIMSPEC_CACHE", str(folder))
+    monkeypatch.setenv("SLIMSPEC_OFFLINE", "1")
+    return folder
+
+
+class Built:
+    """What one `pipeline run` left: its output, its report and its cache."""
+
+    def __init__(self, result: Result, report: Path, cache: Path) -> None:
+        self.result = result
+        self.report = report
+        self.cache = cache
+
+
+@pytest.fixture(scope="session")
+def built(
+    tiny_llama_dir: Path,
+    tiny_drafter_dir: Path,
+    prompt_file: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Built:
+    """`pipeline run` on the tiny target; read only."""
+    cache = tmp_path_factory.mktemp("cache")
+    report = cache / "report.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLIMSPEC_CACHE", str(cache))
+        patch.setenv("SLIMSPEC_OFFLINE", "1")
+        result = run_command(*run_arguments(tiny_llama_dir, tiny_drafter_dir, prompt_file, report))
+    return Built(result, report, cache)
+
+
+def run_arguments(target: Path, drafter: Path, prompts: Path, report: Path) -> list[str]:
+    """A whole run on tiny models."""
+    return [
+        "run",
+        f"--target={target}",
+        f"--drafter={drafter}",
+        f"--prompts={prompts}",
+        "--max-tokens=12",
+        "--threads=1",
+        f"--json={report}",
+    ]
+
+
+@pytest.fixture
+def built_cache(built: Built, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The cache of that run, for commands that only read it."""
+    assert built.result.code == 0, built.result.err
+    monkeypatch.setenv("SLIMSPEC_CACHE", str(built.cache))
+    monkeypatch.setenv("SLIMSPEC_OFFLINE", "1")
+    return built.cache

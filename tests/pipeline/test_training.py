@@ -1,0 +1,192 @@
+"""`pipeline train` and `pipeline corpus` on a tiny target: from nothing to a drafter that runs."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from drafter.artifact import read_artifact
+from drafter.checkpoint import load_drafter, load_target
+from drafter.corpus import read_corpus
+from drafter.training import read_log
+from pipeline.stages import fetch_target, find_drafter
+from tests.pipeline.command import Result, assert_refused, command_line, environment, run_command
+
+COMMON = ("--batch-tokens=64", "--sampled-rows=0", "--precision=fp32", "--rank=8", "--rescore=0")
+
+
+@pytest.fixture
+def dialogues(tmp_path: Path) -> Path:
+    """Twenty short dialogues."""
+    path = tmp_path / "dialogues.jsonl"
+    rows = [
+        {"prompt_ids": [1, 5 + i, 6, 7], "response_ids": [8 + i, 9, 10, 11, 12 + i, 2]}
+        for i in range(20)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def train(target: Path, *more: object) -> Result:
+    return run_command("train", f"--target={target}", *COMMON, *more)
+
+
+def test_a_trained_drafter_loads_and_its_manifest_says_how_good_it_is(
+    cache: Path, tiny_llama_dir: Path, dialogues: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "drafter"
+    result = train(
+        tiny_llama_dir, f"--dialogues={dialogues}", f"--out={out}", "--epochs=2", "--json"
+    )
+    assert result.code == 0, result.err
+    manifest = read_artifact(out, "drafter")
+    assert result.json["path"] == str(out)
+    acceptance = manifest.data["acceptance"]
+    assert isinstance(acceptance, dict)
+    assert len(acceptance["alpha"]) == 4
+    assert 1.0 <= acceptance["expected_tau"] <= 5.0
+    assert manifest.data["held_out"] == 1
+    drafter = load_drafter(out, load_target(tiny_llama_dir))
+    assert drafter.config.lm_head_rank == 8
+    assert len(list(read_log(out))) > 2
+
+
+def test_the_same_command_again_is_up_to_date_and_other_data_needs_another_run(
+    cache: Path, tiny_llama_dir: Path, dialogues: Path, tmp_path: Path
+) -> None:
+    arguments = (f"--dialogues={dialogues}", f"--out={tmp_path / 'd'}", "--epochs=1")
+    assert train(tiny_llama_dir, *arguments).code == 0
+    assert train(tiny_llama_dir, *arguments, "--json").json["up_to_date"] is True
+    assert_refused(train(tiny_llama_dir, *arguments, "--rank=16"), 2, "another drafter", "--run")
+
+
+def test_a_drafter_of_one_s_own_is_found_for_its_target(
+    cache: Path, tiny_llama_dir: Path, dialogues: Path
+) -> None:
+    result = train(tiny_llama_dir, f"--dialogues={dialogues}", "--epochs=1")
+    assert result.code == 0, result.err
+    assert str(find_drafter(fetch_target(str(tiny_llama_dir)), None)) == result.out.strip()
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ('{"prompt_ids": [1], "response_ids": [999]}', ("line 1", "999", "320")),
+        ('{"prompt_ids": [1]}', ("line 1", "response_ids")),
+        ("nonsense", ("line 1",)),
+    ],
+)
+def test_a_bad_dialogue_is_named_by_its_line(
+    cache: Path, tiny_llama_dir: Path, tmp_path: Path, row: str, words: tuple[str, ...]
+) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text(row + "\n")
+    assert_refused(train(tiny_llama_dir, f"--dialogues={path}"), 2, str(path), *words)
+
+
+def test_ctrl_c_says_how_to_go_on_and_the_same_command_goes_on(
+    cache: Path, tiny_llama_dir: Path, dialogues: Path, tmp_path: Path
+) -> None:
+    out, run = tmp_path / "drafter", tmp_path / "run"
+    arguments = (
+        "train",
+        f"--target={tiny_llama_dir}",
+        f"--dialogues={dialogues}",
+        f"--out={out}",
+        f"--run={run}",
+        "--epochs=10",
+        "--checkpoint-minutes=1e-9",
+        *COMMON,
+    )
+    process = subprocess.Popen(
+        command_line(*arguments),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(OMP_NUM_THREADS="1"),
+    )
+    while not (run / "state.json").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert errors.splitlines()[-1] == "interrupted; run the same command again to continue"
+    assert "Traceback" not in errors
+    assert not out.exists()
+    done = json.loads((run / "state.json").read_text())["step"]
+    result = run_command(*arguments)
+    assert result.code == 0, result.err
+    assert "going on with the run" in result.err
+    steps = [report.step for report in read_log(run)]
+    assert steps[-1] == max(steps)
+    assert sorted(set(steps)) == list(range(1, steps[-1] + 1))
+    assert 0 < done < steps[-1]
+
+
+def test_a_corpus_is_the_target_s_own_answers_and_is_made_once(
+    cache: Path, tiny_llama_dir: Path, prompt_file: Path, tmp_path: Path
+) -> None:
+    arguments = (
+        "corpus",
+        f"--target={tiny_llama_dir}",
+        f"--prompts={prompt_file}",
+        "--max-tokens=6",
+        "--temperatures=0,1",
+        "--batch=2",
+    )
+    result = run_command(*arguments, "--json")
+    assert result.code == 0, result.err
+    folder = Path(result.json["path"])
+    assert result.json["details"] == {"documents": 3}
+    documents = read_corpus(folder)
+    assert [int(document.mask.sum()) <= 6 for document in documents] == [True] * 3
+    assert not list(folder.parent.glob(".corpus*"))
+    assert run_command(*arguments, "--json").json["up_to_date"] is True
+
+
+def test_a_stopped_corpus_goes_on_with_the_shards_it_has(
+    cache: Path,
+    tiny_llama_dir: Path,
+    prompt_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("drafter.generate.DOCUMENTS_PER_SHARD", 1)
+    out = tmp_path / "corpus"
+    arguments = (
+        "corpus",
+        f"--target={tiny_llama_dir}",
+        f"--prompts={prompt_file}",
+        "--max-tokens=4",
+        f"--out={out}",
+    )
+    whole = run_command(*arguments)
+    assert whole.code == 0, whole.err
+    wanted = [document.ids.tolist() for document in read_corpus(out)]
+    stopped = tmp_path / "again"
+    arguments = (*arguments[:-1], f"--out={stopped}")
+    written: list[Path] = []
+
+    def stop_after_one(path: Path, documents: object) -> None:
+        if written:
+            raise KeyboardInterrupt
+        written.append(path)
+        write_shard(path, documents)
+
+    from drafter.corpus import write_shard
+
+    with monkeypatch.context() as patch:
+        patch.setattr("drafter.generate.write_shard", stop_after_one)
+        assert run_command(*arguments).code == 130
+    assert not stopped.exists()
+    first = written[0].stat().st_mtime_ns
+    kept = {path.name: path.stat().st_mtime_ns for path in written[0].parent.glob("shard-*")}
+    assert kept == {written[0].name: first}
+    assert run_command(*arguments).code == 0
+    assert [document.ids.tolist() for document in read_corpus(stopped)] == wanted

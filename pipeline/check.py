@@ -47,7 +47,8 @@ class CheckReport:
         return None if bad is None else f"{describe(bad)}."
 
     def rows(self) -> list[dict[str, Any]]:
-        """One JSON object for each graph, case and tensor; a graph's cache rows count as one tensor.
+        """One JSON object for each graph, case and tensor; a graph's cache rows count as one
+        tensor.
 
         Keys: graph, case, against, tensor, max_abs, max_rel, topk_agreement, ok.
         """

@@ -87,7 +87,7 @@ def _answer(target: TargetFolder, options: CorpusOptions, work: Path, tell: Tell
     from drafter.generate import GenerateConfig, generate_corpus
     from drafter.tokenizer import ChatTokenizer
 
-    tell("loading the target", 0.0)
+    tell("loading the target", None)
     model = load_target(target.path)
     config = GenerateConfig(
         max_new_tokens=options.max_tokens,
@@ -121,7 +121,7 @@ def _prompts(
         ]
     kept = work / _PROMPTS
     if not kept.exists():
-        tell(f"the target writes {options.count} user turns itself", 0.0)
+        tell(f"the target writes {options.count} user turns itself", None)
         made = self_prompts(model, tokenizer, options.count, config)
         atomic_write_json(kept, {"prompts": made})
     prompts: list[list[int]] = read_json(kept)["prompts"]

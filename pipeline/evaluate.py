@@ -80,7 +80,7 @@ def evaluate(
     long, before the first one is decoded.
     """
     encoded = [_encode(generator, prompt) for prompt in prompts.prompts]
-    tell("warming up", 0.0)
+    tell("warming up", None)
     for speculate in (False, True):
         generator.generate(encoded[0], max_tokens=_WARM_UP_TOKENS, speculate=speculate, tree=tree)
     pairs: list[Pair] = []

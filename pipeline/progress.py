@@ -1,6 +1,7 @@
 """Progress of long steps on standard error, so that standard output holds the result alone.
 
-`progress(label)` yields `tell(what, share)`: what is being done, how much of it is done (0 to 1).
+`progress(label)` yields `tell(what, share)`: what is being done, how much of it is done (0 to 1,
+None where that is not known).
 On a terminal that is a live bar; elsewhere a line when something new happens, not too often.
 """
 
@@ -12,9 +13,16 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
-Tell = Callable[[str, float], None]
+Tell = Callable[[str, float | None], None]
 
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -39,15 +47,16 @@ def _bar(label: str, console: Console) -> Iterator[Tell]:
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(bar_width=16),
-        TextColumn("{task.percentage:>3.0f}%"),
+        TaskProgressColumn(),
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console, transient=True) as bars:
-        task = bars.add_task(escape(label), total=1.0)
+        task = bars.add_task(escape(label), total=None)
 
-        def tell(what: str, share: float) -> None:
-            text = f"{label}: {what}" if what else label
-            bars.update(task, description=escape(text), completed=share)
+        def tell(what: str, share: float | None) -> None:
+            total = None if share is None else 1.0
+            text = escape(f"{label}: {what}")
+            bars.update(task, description=text, total=total, completed=share or 0.0)
 
         yield tell
 
@@ -55,11 +64,11 @@ def _bar(label: str, console: Console) -> Iterator[Tell]:
 def _lines(label: str) -> Tell:
     last, shown_at = "", -SECONDS_BETWEEN_LINES
 
-    def tell(what: str, share: float) -> None:
+    def tell(what: str, share: float | None) -> None:
         nonlocal last, shown_at
         now = time.monotonic()
         if what != last and now - shown_at >= SECONDS_BETWEEN_LINES:
             last, shown_at = what, now
-            note(f"{label}: {what} ({share:.0%})")
+            note(f"{label}: {what}" if share is None else f"{label}: {what} ({share:.0%})")
 
     return tell

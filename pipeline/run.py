@@ -170,9 +170,9 @@ def _heads(target: Path, drafter: Path, rows: int, options: RunOptions) -> HeadR
     from pipeline.head_bench import measure_heads
 
     with progress("head") as tell:
-        tell("loading the drafter", 0.0)
+        tell("loading the drafter", None)
         loaded = load_drafter(drafter, load_target(target))
-        tell("timing", 0.5)
+        tell("timing", None)
         return measure_heads(loaded, rows, backend=options.backend, threads=options.threads)
 
 

@@ -176,7 +176,7 @@ def check_stage(
             drafter_folder,
             export,
             threads=threads,
-            progress=lambda what: tell(what, 0.0),
+            progress=lambda what: tell(what, None),
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from pipeline.evaluate import Pair, decode_rate, seconds_by_part, spread
-from pipeline.reports import DecodeReport, DoctorReport, HeadReport
+from pipeline.reports import DecodeReport, DoctorReport, HeadReport, ParityRow
 
 _PARTS = {
     "prefill_s": "prompt",
@@ -15,6 +15,26 @@ _PARTS = {
     "verify_s": "verify (target engine)",
     "overhead_s": "our own code",
 }
+
+
+def parity_table(rows: Sequence[ParityRow]) -> Table:
+    """One line a graph: the worst of its tensors. `pipeline check` shows them all."""
+    columns = ("graph", "tensors", "worst", "max abs", "max rel", "top-k equal", "ok")
+    table = _table("Parity with PyTorch", columns)
+    for graph in dict.fromkeys(row.graph for row in rows):
+        group = [row for row in rows if row.graph == graph]
+        worst = max(group, key=lambda row: (not row.ok, row.max_rel))
+        agreements = [r.topk_agreement for r in group if r.topk_agreement is not None]
+        table.add_row(
+            graph,
+            str(len(group)),
+            worst.tensor,
+            f"{worst.max_abs:.1e}",
+            f"{worst.max_rel:.1e}",
+            f"{min(agreements):.1%}" if agreements else "",
+            _yes(all(row.ok for row in group)),
+        )
+    return table
 
 
 def decode_table(report: DecodeReport, pairs: Sequence[Pair], title: str) -> Table:

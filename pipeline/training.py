@@ -174,7 +174,7 @@ def _capture(
     dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
     start = time.monotonic()
     with progress("capture") as tell:
-        tell("loading the target", 0.0)
+        tell("loading the target", None)
         model = load_target(target.path, config.taps, dtype)
 
         def report(done: int, total: int) -> None:
@@ -227,7 +227,7 @@ def _measure(drafter: Drafter, held_out: Sequence[Captured], steps: int) -> dict
     from drafter.acceptance import measure_acceptance
 
     with progress("evaluate") as tell:
-        tell("acceptance on held-out documents", 0.0)
+        tell("acceptance on held-out documents", None)
         found: Acceptance = measure_acceptance(
             drafter.eval(), held_out[-_HELD_OUT_DOCUMENTS:], steps
         )

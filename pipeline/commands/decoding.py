@@ -154,10 +154,11 @@ def evaluate(
 def serve(
     engine: o.EngineDir = None,
     host: Annotated[str | None, o.option("--host", help="Address.", default="127.0.0.1")] = None,
-    port: Annotated[int | None, o.option("--port", help="Port.", default="8000")] = None,
+    port: Annotated[
+        int | None, o.option("--port", help="Port; 0 takes a free one.", default="8000")
+    ] = None,
     model_name: Annotated[
-        str | None,
-        o.option("--model-name", help="Name in /v1/models.", default="the engine folder's"),
+        str | None, o.option("--model-name", help="Name in /v1/models.", default="the engine's")
     ] = None,
     api_key: Annotated[
         str | None,
@@ -169,8 +170,21 @@ def serve(
     max_queue: Annotated[
         int | None, o.option("--max-queue", help="Waiting requests before 429.", default="16")
     ] = None,
-    max_tokens: Annotated[
-        int | None, o.option("--max-tokens", help="Most a request may ask for.", default="4096")
+    max_tokens_limit: Annotated[
+        int | None,
+        o.option("--max-tokens-limit", help="Most a request may ask for.", default="4096"),
+    ] = None,
+    request_timeout: Annotated[
+        float | None,
+        o.option("--request-timeout", help="Seconds, waiting included.", default="600"),
+    ] = None,
+    grace: Annotated[
+        float | None,
+        o.option("--grace", help="Seconds for accepted requests at shutdown.", default="30"),
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        o.option("--cors-origin", help="Origin whose pages may ask; may be given several times."),
     ] = None,
     no_speculation: Annotated[
         bool, o.option("--no-speculation", help="Plain decoding only.")
@@ -178,7 +192,7 @@ def serve(
     threads: o.Threads = None,
 ) -> None:
     """Serve an engine over HTTP, OpenAI-compatible: /v1/chat/completions, /v1/completions,
-    /v1/models, /health, /metrics. Ctrl-C ends it after the running request.
+    /v1/models, /health, /metrics. Ctrl-C ends it after the accepted requests.
 
     \b
     Examples:
@@ -195,7 +209,10 @@ def serve(
         "model_name": model_name,
         "api_key": api_key,
         "max_queue": max_queue,
-        "max_tokens_limit": max_tokens,
+        "max_tokens_limit": max_tokens_limit,
+        "request_timeout_s": request_timeout,
+        "grace_s": grace,
+        "cors_origins": tuple(cors_origin) if cors_origin else None,
         "threads": threads,
         "speculate": not no_speculation,
     }

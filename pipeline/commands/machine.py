@@ -22,6 +22,8 @@ def doctor(as_json: o.Json = False) -> None:
         print_json(report.to_json())
     else:
         print_tables(*doctor_tables(report))
+        for problem in report.problems:
+            print_text(f"problem: {problem}")
     require_usable(report)
 
 

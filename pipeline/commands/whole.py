@@ -75,14 +75,14 @@ def run(
     )
     from pipeline.run import run as run_all
     from pipeline.run import verdict
-    from pipeline.tables import decode_table, head_table, time_table
+    from pipeline.tables import decode_table, head_table, parity_table, time_table
 
     outcome = run_all(chosen, o.offline(offline))
     report = outcome.report
     if json_file is not None:
         write_json(json_file, report.to_json())
     print_tables(
-        outcome.check.table(),
+        parity_table(report.parity),
         decode_table(report.decode, outcome.pairs, outcome.prompts.title),
         time_table(outcome.pairs),
         head_table(report.head),

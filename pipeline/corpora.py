@@ -16,6 +16,7 @@ from typing import Any
 from drafter.artifact import (
     MANIFEST,
     atomic_write_json,
+    disk_full_as_error,
     fingerprint,
     is_up_to_date,
     read_artifact,
@@ -47,7 +48,7 @@ def corpus_stage(options: CorpusOptions, offline: bool | None = None) -> Artifac
     if is_up_to_date(out, KIND, inputs, arguments, verify="size"):
         return _report(out, up_to_date=True)
     work = _work_folder(out, {"inputs": inputs, "arguments": arguments})
-    with progress("corpus") as tell:
+    with disk_full_as_error(work), progress("corpus") as tell:
         count = _answer(target, options, work, tell)
     with write_artifact(out, KIND, target.name, inputs, arguments, {"documents": count}) as folder:
         for shard in sorted(work.glob("shard-*.safetensors")):

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from drafter.artifact import (
     atomic_write_json,
     check_free_space,
+    disk_full_as_error,
     is_up_to_date,
     read_artifact,
     sha256_file,
@@ -61,8 +62,9 @@ def train_stage(options: TrainOptions, offline: bool | None = None) -> ArtifactR
     if is_up_to_date(out, DRAFTER_KIND, inputs, arguments):
         return _report(out, up_to_date=True)
     _claim(run, {**inputs, **arguments})
-    documents, held_out = _documents(target, corpus, run, config, training, options.holdout)
-    drafter = _train(target, config, options, training, documents, run)
+    with disk_full_as_error(run):
+        documents, held_out = _documents(target, corpus, run, config, training, options.holdout)
+        drafter = _train(target, config, options, training, documents, run)
     acceptance = _measure(drafter, held_out, training.draft_steps)
     data = {"acceptance": acceptance, "documents": len(documents), "held_out": len(held_out)}
     _write(drafter, out, target.name, inputs, arguments, data, run / _LOG)
@@ -172,10 +174,10 @@ def _capture(
     out.mkdir(parents=True, exist_ok=True)
     check_free_space(out, tokens * 2 * (len(config.taps) + 1) * config.target_hidden_size)
     dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
-    start = time.monotonic()
     with progress("capture") as tell:
         tell("loading the target", None)
         model = load_target(target.path, config.taps, dtype)
+        start = time.monotonic()
 
         def report(done: int, total: int) -> None:
             rate = done / (time.monotonic() - start)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from drafter.errors import UsageError
 from pipeline.commands import options as o
-from pipeline.config import DecodeOptions, TreeOptions, options
+from pipeline.config import DecodeOptions, RunOptions, TreeOptions, options
 from pipeline.output import check_writable, print_json, print_tables, print_text, write_lines
 
 if TYPE_CHECKING:
@@ -89,14 +89,7 @@ def generate(
 
 
 def evaluate(
-    prompts: Annotated[
-        Path | None,
-        o.option(
-            "--prompts",
-            help='JSONL file, one {"prompt": "..."} a line.',
-            default="40 first turns of MT-Bench",
-        ),
-    ] = None,
+    prompts: o.Prompts = None,
     engine: o.EngineDir = None,
     max_tokens: o.MaxTokens = None,
     temperature: o.Temperature = None,
@@ -123,8 +116,7 @@ def evaluate(
     from pipeline.evaluate import evaluate as measure
     from pipeline.evaluate import summarise
     from pipeline.progress import progress
-    from pipeline.prompts import mt_bench_prompts, read_prompts
-    from pipeline.run import check_identical
+    from pipeline.run import check_identical, choose_prompts
     from pipeline.tables import decode_table, time_table
     from pipeline.workspace import last_engine
     from runtime.generator import Generator
@@ -134,10 +126,7 @@ def evaluate(
     if details is not None:
         check_writable(details)
     folder = engine or last_engine()
-    if prompts is None:
-        chosen = mt_bench_prompts(offline=o.offline(offline))
-    else:
-        chosen = read_prompts(prompts)
+    chosen = choose_prompts(_prompt_options(prompts), o.offline(offline))
     generator = Generator.load(folder, threads=threads)
     with progress("evaluate") as tell:
         pairs = measure(generator, chosen, decode, tell, _tree(generator, tree))
@@ -237,6 +226,11 @@ def _prompt(prompt: str | None, system: str | None, raw: bool) -> str | list[dic
     if raw:
         raise UsageError("--system needs the chat template, which --raw leaves out; drop one.")
     return [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
+
+
+def _prompt_options(prompts: str | None) -> RunOptions:
+    count, file = o.prompts(prompts)
+    return options(RunOptions, prompts=count, prompt_file=file)
 
 
 def _tree(generator: Generator, chosen: TreeOptions) -> TreeConfig:

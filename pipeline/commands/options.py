@@ -43,6 +43,14 @@ Json = Annotated[bool, option("--json", help="Print one JSON value on standard o
 Config = Annotated[
     Path | None, option("--config", help="JSON or TOML file with options; the command line wins.")
 ]
+Prompts = Annotated[
+    str | None,
+    option(
+        "--prompts",
+        help='How many MT-Bench prompts, or a JSONL file, one {"prompt": "..."} a line.',
+        default=default(RunOptions, "prompts"),
+    ),
+]
 Offline = Annotated[
     bool, option("--offline", help="Download nothing (as SLIMSPEC_OFFLINE=1 does).")
 ]
@@ -90,3 +98,12 @@ Seed = Annotated[
 def offline(flag: bool) -> bool | None:
     """What `resolve_target` wants: None leaves it to SLIMSPEC_OFFLINE."""
     return True if flag else None
+
+
+def prompts(given: str | None) -> tuple[int | None, Path | None]:
+    """`--prompts` is a number or a file."""
+    if given is None:
+        return None, None
+    if given.lstrip("+-").isdecimal():
+        return int(given), None
+    return None, Path(given)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from pipeline.commands import options as o
-from pipeline.config import RunOptions, default, options
+from pipeline.config import RunOptions, options
 from pipeline.output import check_writable, print_tables, write_json
 
 
@@ -16,14 +16,7 @@ def run(
     smoke: Annotated[
         bool, o.option("--smoke", help="Quick: 3 prompts of our own, 32 tokens.")
     ] = False,
-    prompts: Annotated[
-        str | None,
-        o.option(
-            "--prompts",
-            help="How many MT-Bench prompts, or a JSONL file.",
-            default=default(RunOptions, "prompts"),
-        ),
-    ] = None,
+    prompts: o.Prompts = None,
     max_tokens: o.MaxTokens = None,
     temperature: o.Temperature = None,
     seed: o.Seed = None,
@@ -53,7 +46,7 @@ def run(
     """
     if json_file is not None:
         check_writable(json_file)
-    count, file = _prompts(prompts)
+    count, file = o.prompts(prompts)
     chosen = options(
         RunOptions,
         config,
@@ -88,12 +81,3 @@ def run(
         head_table(report.head),
     )
     verdict(outcome)
-
-
-def _prompts(given: str | None) -> tuple[int | None, Path | None]:
-    """`--prompts` is a number or a file."""
-    if given is None:
-        return None, None
-    if given.lstrip("+-").isdecimal():
-        return int(given), None
-    return None, Path(given)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from drafter.artifact import read_artifact
 from drafter.checkpoint import load_drafter, load_target
@@ -87,6 +88,26 @@ def test_a_bad_dialogue_is_named_by_its_line(
     path = tmp_path / "bad.jsonl"
     path.write_text(row + "\n")
     assert_refused(train(tiny_llama_dir, f"--dialogues={path}"), 2, str(path), *words)
+
+
+@pytest.mark.parametrize("writer", ["drafter.capture.save_file", "drafter.run_state.save_file"])
+def test_a_full_disk_in_the_middle_is_one_sentence_and_the_run_goes_on_later(
+    cache: Path,
+    tiny_llama_dir: Path,
+    dialogues: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    writer: str,
+) -> None:
+    def full(*_: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    arguments = (f"--dialogues={dialogues}", f"--out={tmp_path / 'd'}", "--epochs=1")
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, full)
+        assert_refused(train(tiny_llama_dir, *arguments), 3, "disk is full")
+    assert not (tmp_path / "d").exists()
+    assert train(tiny_llama_dir, *arguments).code == 0
 
 
 def test_ctrl_c_says_how_to_go_on_and_the_same_command_goes_on(

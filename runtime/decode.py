@@ -20,6 +20,7 @@ import torch
 
 from drafter.errors import UsageError
 from runtime.drafter import Drafter
+from runtime.lookup import NO_GUESS, SuffixLookup
 from runtime.sampling import GREEDY, Dice, SamplingConfig, choose
 from runtime.stats import RoundStats
 from runtime.target import Target
@@ -96,16 +97,21 @@ def decode(
     limit = min(request.max_tokens, target.max_context - len(request.prompt))
     clock = _Clock(target, drafter)
     root, pending = _prefill(target, drafter, request, dice)
+    lookup = SuffixLookup() if drafter is not None and request.tree.lookup else None
+    if lookup is not None:
+        lookup.add([*request.prompt, root])
     block, finish = _cut([root], request.stop_ids, limit)
     yield Round(block, clock.stats(len(block), 0, 0, prompt=True), finish)
     emitted = 1
     while finish is None:
         clock = _Clock(target, drafter)
-        tree = _draft(target, drafter, pending, root, request.tree, limit - emitted)
+        tree = _draft(target, drafter, pending, root, request.tree, limit - emitted, lookup)
         verdict = verify(tree, target.verify(tree), request.sampling, dice)
         taps = target.commit([0, *verdict.path])
         block = [*(tree.tokens[node] for node in verdict.path), verdict.bonus]
         root, pending = verdict.bonus, _Pending(block, taps)
+        if lookup is not None:
+            lookup.add(block)
         block, finish = _cut(block, request.stop_ids, limit - emitted)
         emitted += len(block)
         accepted = min(len(verdict.path), len(block))
@@ -144,6 +150,7 @@ def _draft(
     root: int,
     config: TreeConfig,
     new_tokens: int,
+    lookup: SuffixLookup | None,
 ) -> DraftTree:
     """The tree of one round that may emit `new_tokens`, no larger than the context has room for.
 
@@ -156,7 +163,8 @@ def _draft(
     if fitted is None:
         return DraftTree.root_only(root)
     first = drafter.extend(pending.tokens, pending.taps)
-    return grow(root, first, drafter.step, fitted)
+    guess = lookup.guess(fitted.lookup) if lookup is not None else NO_GUESS
+    return grow(root, first, drafter.step, fitted, guess)
 
 
 def _cut(

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +25,7 @@ from drafter.tokenizer import ChatTokenizer
 from runtime.decode import FinishReason, Request, Round, check_request, decode
 from runtime.drafter import Drafter, EngineDrafter
 from runtime.sampling import SamplingConfig, SeededDice
-from runtime.stats import RoundStats, Tally, Timings
+from runtime.stats import Tally, Timings
 from runtime.target import EngineTarget, Target
 from runtime.text import TextStream, TokenBytes, check_stops
 from runtime.tree import DEFAULT_TREE, TreeConfig
@@ -240,7 +240,7 @@ class Generator:
                 tokens, new, finish = _read(passed, text, request.stop_ids)
                 token_ids += tokens
                 shown.append(new)
-                tally.add(_trimmed(passed.stats, len(tokens), time.perf_counter() - start))
+                tally.add(passed.stats.trimmed(len(tokens), time.perf_counter() - start))
                 if finish is not None:
                     break
                 yield Piece(new, tokens)
@@ -278,16 +278,6 @@ def _read(
         if text.stopped:
             finish = "stop"
     return passed.tokens, "".join(shown), finish
-
-
-def _trimmed(stats: RoundStats, emitted: int, text_s: float) -> RoundStats:
-    """The figures of a pass of which `emitted` tokens count, with the time its text took."""
-    return replace(
-        stats,
-        emitted=emitted,
-        accepted=min(stats.accepted, emitted),
-        overhead_s=stats.overhead_s + text_s,
-    )
 
 
 def _completion(

@@ -8,7 +8,7 @@ tokens = 1 + tau * rounds, and plain decoding has tau = 1.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,15 @@ class RoundStats:
     verify_s: float
     overhead_s: float
     prompt: bool = False  # the prompt's pass: chunks through target and drafter, first token
+
+    def trimmed(self, emitted: int, text_s: float) -> RoundStats:
+        """The same pass when only `emitted` tokens count and its text took `text_s` more."""
+        return replace(
+            self,
+            emitted=emitted,
+            accepted=min(self.accepted, emitted),
+            overhead_s=self.overhead_s + text_s,
+        )
 
     @property
     def seconds(self) -> float:

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from drafter.errors import CheckFailed, UsageError
+from runtime.lookup import NO_GUESS, Guess
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,19 +32,23 @@ class TreeConfig:
     `depth`: levels below the root, that is drafter calls per round (one extend, depth-1 steps).
     `width`: nodes expanded per level and children proposed by each. `budget`: nodes kept, the root
     not counted. `min_prob`: candidates whose path probability (by the drafter) is below it are
-    neither kept nor expanded; 0 turns that off.
+    neither kept nor expanded; 0 turns that off. `lookup`: longest guess taken from the text so far
+    (`runtime.lookup`), which may reach below `depth`; 0 turns that off.
     """
 
     depth: int = 4
     width: int = 4
     budget: int = 8
     min_prob: float = 0.0
+    lookup: int = 0
 
     def __post_init__(self) -> None:
         for name in ("depth", "width", "budget"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UsageError(f"tree {name} is {value!r}; it must be a whole number >= 1.")
+        if isinstance(self.lookup, bool) or not isinstance(self.lookup, int) or self.lookup < 0:
+            raise UsageError(f"tree lookup is {self.lookup!r}; it must be a whole number >= 0.")
         number = isinstance(self.min_prob, (int, float)) and not isinstance(self.min_prob, bool)
         if not number or not 0.0 <= self.min_prob < 1.0:
             raise UsageError(f"tree min_prob is {self.min_prob!r}; it must be >= 0 and below 1.")
@@ -66,11 +71,10 @@ class TreeConfig:
         if depth < 1:
             return None
         budget = min(self.budget, rows)
+        lookup = min(self.lookup, new_tokens - 1, rows)
         # depth-1 steps write up to width rows each into the drafter's cache, after the root's slot.
         width = min(self.width, (rows + 1) // max(depth - 1, 1))
-        if (depth, width, budget) == (self.depth, self.width, self.budget):
-            return self
-        return replace(self, depth=depth, width=width, budget=budget)
+        return replace(self, depth=depth, width=width, budget=budget, lookup=lookup)
 
 
 DEFAULT_TREE = TreeConfig()
@@ -216,15 +220,75 @@ class _Pool:
         return sorted(candidates, key=self.scores.__getitem__, reverse=True)[:count]
 
 
-def grow(root: int, first: Proposals, expand: Expand, config: TreeConfig) -> DraftTree:
+class _GuessPath:
+    """Lays a guessed path into the pool: its tokens join, or outrank, the drafter's proposals."""
+
+    def __init__(self, guess: Guess) -> None:
+        self._left = list(zip(*guess, strict=True))[::-1]
+        self._tip = -1  # flat index of the path's last node, -1: the root
+
+    def __bool__(self) -> bool:
+        """Whether there is a token left to propose."""
+        return bool(self._left)
+
+    def join(self, parents: list[int], proposals: Proposals) -> tuple[list[int], Proposals]:
+        """The proposals of a level with the path's next token among them, as its own row if its
+        parent was not expanded. A token proposed twice keeps the better chance."""
+        if not self._left:
+            return parents, proposals
+        token, chance = self._left[-1]
+        if self._tip not in parents:
+            more = Proposals([*proposals.tokens, [token]], [*proposals.log_probs, [chance]])
+            return [*parents, self._tip], more
+        row = parents.index(self._tip)
+        tokens, log_probs = list(proposals.tokens), list(proposals.log_probs)
+        tokens[row], log_probs[row] = _inserted(token, chance, tokens[row], log_probs[row])
+        return parents, Proposals(tokens, log_probs)
+
+    def depth(self, pool: _Pool) -> int:
+        """Depth of the path's last node."""
+        return pool.depths[self._tip] if self._tip >= 0 else 0
+
+    def follow(self, pool: _Pool, level: range) -> None:
+        """Move the tip to the token just proposed; the path ends where that was not kept."""
+        if not self._left:
+            return
+        token, _ = self._left.pop()
+        for node in level:
+            if pool.parents[node] == self._tip and pool.tokens[node] == token:
+                self._tip = node
+                return
+        self._left.clear()
+
+
+def _inserted(
+    token: int, chance: float, tokens: list[int], log_probs: list[float]
+) -> tuple[list[int], list[float]]:
+    """A row of proposals, best first, with one more; an equal token keeps its better chance."""
+    best = dict(zip(tokens, log_probs, strict=True))
+    best[token] = max(chance, best.get(token, chance))
+    ranked = sorted(best.items(), key=lambda item: -item[1])
+    return [t for t, _ in ranked], [p for _, p in ranked]
+
+
+def grow(
+    root: int, first: Proposals, expand: Expand, config: TreeConfig, guess: Guess = NO_GUESS
+) -> DraftTree:
     """Draft one round's tree.
 
     `first` holds the proposals after the root (R = 1); `expand` feeds a frontier to the drafter and
-    returns the proposals after each of its nodes. It is called at most depth-1 times. Raises
-    CheckFailed for a log-probability that is not a number.
+    returns the proposals after each of its nodes. It is called at most depth-1 times. `guess` is a
+    path that does not come from the drafter; the drafter expands it where its scores earn that.
+    Raises CheckFailed for a log-probability that is not a number.
     """
-    pool = _Pool(config)
-    level = pool.propose([-1], first, depth=1)
+    pool, path = _Pool(config), _GuessPath(guess)
+
+    def propose(parents: list[int], proposals: Proposals, depth: int) -> range:
+        new = pool.propose(*path.join(parents, proposals), depth)
+        path.follow(pool, new)
+        return new
+
+    level = propose([-1], first, 1)
     place = {-1: 0}  # flat index -> row of the drafter's previous output
     seen: dict[int, tuple[int, ...]] = {-1: ()}  # flat index -> cache rows that its children attend
     fed = 0
@@ -244,5 +308,7 @@ def grow(root: int, first: Proposals, expand: Expand, config: TreeConfig) -> Dra
         for row, node in enumerate(nodes, start=fed):
             seen[node] = (*seen[pool.parents[node]], row)
         fed += len(nodes)
-        level = pool.propose(nodes, proposals, depth + 1)
+        level = propose(nodes, proposals, depth + 1)
+    while path:
+        propose([], Proposals([], []), path.depth(pool) + 1)
     return pool.selected(root)

@@ -267,12 +267,12 @@ class TestEnding:
         model = MODELS["twin", 0.0, 0]
         free = run(model, Request(PROMPT, 60, tree=WIDE))
         seen: set[int] = set()
-        for passed in free:  # find a block whose inner token is new: stop there
-            if len(passed.tokens) > 2 and passed.tokens[1] not in seen | {passed.tokens[0]}:
+        for passed in free:  # find a long block whose inner token is new: stop there
+            if len(passed.tokens) > 3 and passed.tokens[1] not in seen | {passed.tokens[0]}:
                 break
             seen |= set(passed.tokens)
         else:
-            pytest.fail("no block with a fresh inner token")
+            pytest.fail("no long block with a fresh inner token")
         stop = passed.tokens[1]
         last = run(model, Request(PROMPT, 60, stop_ids=frozenset({stop}), tree=WIDE))[-1]
         assert last.tokens == passed.tokens[:2]

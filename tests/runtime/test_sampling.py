@@ -169,6 +169,12 @@ class TestDice:
         law = np.full(10_000, 1e-4)
         assert len({SeededDice().pick(law) for _ in range(5)}) > 1
 
+    @pytest.mark.parametrize("chance", [0.05, 0.5, 0.9])
+    def test_a_coin_is_fair(self, chance: float) -> None:
+        dice, count = SeededDice(0), 20_000
+        heads = sum(dice.flip(chance) for _ in range(count))
+        assert abs(heads / count - chance) < 4 * math.sqrt(chance * (1 - chance) / count)
+
     def test_chance_zero_is_never_and_chance_one_always_taken(self) -> None:
         dice = SeededDice(0)
         assert not any(dice.flip(0.0) for _ in range(1000))

@@ -29,6 +29,13 @@ def test_acceptance_by_depth_is_a_share_of_the_rounds() -> None:
     assert tally.acceptance_by_depth == [0.75, 0.25, 0.0]
 
 
+@pytest.mark.parametrize(("emitted", "accepted"), [(5, 4), (4, 4), (2, 2), (1, 1)])
+def test_what_a_stop_string_cut_off_was_not_accepted(emitted: int, accepted: int) -> None:
+    trimmed = RoundStats(5, 4, 8, 1, 2, 3).trimmed(emitted, text_s=0.5)
+    assert (trimmed.emitted, trimmed.accepted, trimmed.drafted) == (emitted, accepted, 8)
+    assert (trimmed.overhead_s, trimmed.seconds) == (3.5, 6.5)
+
+
 def test_times_are_kept_apart() -> None:
     tally = tally_of(PROMPT, RoundStats(3, 2, 8, 1, 2, 3), RoundStats(2, 1, 8, 10, 20, 30))
     expected = {"prefill_s": 2.75, "draft_s": 11, "verify_s": 22, "overhead_s": 33}

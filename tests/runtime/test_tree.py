@@ -91,13 +91,19 @@ oracles = st.builds(
     Oracle,
     seed=st.integers(0, 10_000),
     levels=st.sampled_from(
-        [(0.0, -0.5, -1.0), (0.0, -math.inf, -2.0), (-0.1, -0.2, -0.7, -1.3, -3.0), (0.0,)]
+        [
+            (0.0, -0.5, -1.0),
+            (0.0, -math.inf, -2.0),
+            (-0.1, -0.2, -0.7, -1.3, -3.0),
+            tuple(-0.05 * n for n in range(1, 40)),
+            (0.0,),
+        ]
     ),
 )
 
 
 class TestGrow:
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=300, deadline=None)
     @given(oracle=oracles, config=configs)
     def test_equals_expanding_everything_and_reranking(
         self, oracle: Oracle, config: TreeConfig
@@ -115,6 +121,7 @@ class TestGrow:
         assert tree.tokens[0] == ROOT
         assert len(tree) - 1 <= config.budget
         assert max(tree.depths) <= config.depth
+        assert tree.depths == sorted(tree.depths)
         assert len(oracle.calls) <= config.depth - 1
         assert all(len(call.tokens) <= config.width for call in oracle.calls)
         for node in range(1, len(tree)):
@@ -142,10 +149,10 @@ class TestGrow:
         assert tree.parents == [-1, 0, 0, 1]
 
     def test_a_log_probability_above_zero_does_not_lift_a_child_over_its_parent(self) -> None:
-        first = Proposals([[1, 2]], [[-1e-9, -20.0]])
-        expand = [Proposals([[3, 4]], [[1e-6, -20.0]])]
-        tree = grow(ROOT, first, lambda _: expand.pop(), TreeConfig(2, 2, 1))
-        assert tree.tokens == [ROOT, 1]
+        first = Proposals([[1, 2]], [[-1e-9, -2e-9]])
+        expand = [Proposals([[3, 4]], [[1e-6, 1e-6]])]
+        tree = grow(ROOT, first, lambda _: expand.pop(), TreeConfig(2, 2, 2))
+        assert tree.tokens == [ROOT, 1, 3]
 
     def test_stops_drafting_when_no_path_can_enter_the_tree(self) -> None:
         first = Proposals([[1, 2]], [[-0.1, -2.4]])

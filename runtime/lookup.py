@@ -1,0 +1,82 @@
+"""Guesses from the text so far: what followed the last occurrence of the current ending.
+
+Chat answers quote the prompt and themselves; where the last n tokens (n <= 4) occurred before, the
+tokens that came
+after them then are likely again. Such a guess costs no drafter call and joins the draft tree as a
+path of its own.
+How likely a match of n tokens goes on is learnt per request from a prior (measured on greedy
+answers of a 135M chat
+model: 0.2, 0.5, 0.6, 0.8 for n = 1..4); after j right tokens a match of n is a match of n + j.
+Guesses are a function of accepted tokens alone, so verification stays lossless.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+PRIOR = (0.2, 0.5, 0.6, 0.8)
+"""Chance that the next token repeats, by length of the match, 1 to 4."""
+PRIOR_WEIGHT = 8.0
+"""How many observed guesses the prior is worth."""
+
+
+class Guess(NamedTuple):
+    """A path from the root: tokens, and the log-chance of each given those before it."""
+
+    tokens: list[int]
+    log_probs: list[float]
+
+
+NO_GUESS = Guess([], [])
+
+
+class SuffixLookup:
+    """The text of one request, indexed by its n-grams. Feed it every accepted token, in order."""
+
+    def __init__(self) -> None:
+        self._text: list[int] = []
+        self._after: dict[tuple[int, ...], int] = {}  # n-gram -> place after its last occurrence
+        self._hits = [PRIOR_WEIGHT * p for p in PRIOR]
+        self._trials = [PRIOR_WEIGHT] * len(PRIOR)
+        self._guess = NO_GUESS
+        self._match = 0
+
+    def add(self, tokens: Sequence[int]) -> None:
+        """Append accepted tokens; the last guess is scored against them first."""
+        self._score(tokens)
+        for token in tokens:
+            # An ending is indexed once a token follows it, so a match is never the ending itself.
+            for n in range(1, min(len(PRIOR), len(self._text)) + 1):
+                self._after[tuple(self._text[-n:])] = len(self._text)
+            self._text.append(token)
+
+    def guess(self, longest: int) -> Guess:
+        """Up to `longest` tokens after the text, from the longest match; empty without one."""
+        self._match, place = self._find()
+        tokens = self._text[place : place + longest] if self._match else []
+        self._guess = Guess(tokens, [self._log_chance(self._match + j) for j in range(len(tokens))])
+        return self._guess
+
+    def _find(self) -> tuple[int, int]:
+        """Length of the longest match of the text's end and the place after it; (0, 0) for none."""
+        for n in range(min(len(PRIOR), len(self._text)), 0, -1):
+            place = self._after.get(tuple(self._text[-n:]))
+            if place is not None:
+                return n, place
+        return 0, 0
+
+    def _log_chance(self, match: int) -> float:
+        kind = min(match, len(PRIOR)) - 1
+        return math.log(self._hits[kind] / self._trials[kind])
+
+    def _score(self, tokens: Sequence[int]) -> None:
+        """Learn from the last guess: each guessed token up to the first wrong one is a trial."""
+        for j, (guessed, token) in enumerate(zip(self._guess.tokens, tokens, strict=False)):
+            kind = min(self._match + j, len(PRIOR)) - 1
+            self._trials[kind] += 1
+            self._hits[kind] += guessed == token
+            if guessed != token:
+                break
+        self._guess = NO_GUESS

@@ -1,0 +1,87 @@
+"""Stepping down a tree equals stepping down each of its paths alone."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from runtime.drafter import EngineDrafter
+from runtime.tree import Frontier
+from tests.runtime.tiny_engines import tiny
+
+TOKENS = [2, 3, 5, 7, 1]
+
+
+class Node(NamedTuple):
+    """A node of the tree below: its path, its token last, and where its parent's state lies."""
+
+    path: tuple[int, ...]
+    parent_row: int
+    ancestors: tuple[int, ...]
+
+
+# Cache rows of the round: level 1 has rows 0..2, level 2 rows 3..6, level 3 rows 7..8.
+LEVELS = [
+    [Node((3,), 0, ()), Node((5,), 0, ()), Node((7,), 0, ())],
+    [Node((7, 1), 2, (2,)), Node((3, 2), 0, (0,)), Node((3, 4), 0, (0,)), Node((5, 6), 1, (1,))],
+    [Node((5, 6, 9), 3, (1, 6)), Node((3, 2, 8), 1, (0, 4))],
+]
+
+
+def extended(kind: str, rounds: int) -> EngineDrafter:
+    """A drafter after a prompt and `rounds` more extensions, always the same."""
+    model = tiny(5, kind=kind)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(1 + rounds):
+        model.drafter.extend(TOKENS, torch.randn(1, len(TOKENS), 48, generator=generator))
+    return model.drafter
+
+
+def frontier(level: list[Node], depth: int) -> Frontier:
+    return Frontier(
+        [node.path[-1] for node in level],
+        [node.parent_row for node in level],
+        [node.ancestors for node in level],
+        depth,
+    )
+
+
+@pytest.mark.parametrize("rounds", [0, 2])
+@pytest.mark.parametrize("kind", ["twin", "random"])
+def test_a_nodes_proposals_depend_on_its_own_path_only(kind: str, rounds: int) -> None:
+    drafter = extended(kind, rounds)
+    for depth, level in enumerate(LEVELS, start=1):
+        found = drafter.step(frontier(level, depth))
+        for row, node in enumerate(level):
+            alone = extended(kind, rounds)
+            for size, token in enumerate(node.path):
+                step = Frontier([token], [0], [tuple(range(size))], size + 1)
+                expected = alone.step(step)
+            assert found.tokens[row] == expected.tokens[0]
+            assert found.log_probs[row] == pytest.approx(expected.log_probs[0], abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["twin", "random"])
+def test_paths_that_differ_differ_in_their_proposals(kind: str) -> None:
+    """Or the test above would show nothing."""
+    drafter = extended(kind, 0)
+    drafter.step(frontier(LEVELS[0], 1))
+    same_token = [Node((3, 4), 0, (0,)), Node((5, 4), 1, (1,)), Node((7, 4), 2, (2,))]
+    found = drafter.step(frontier(same_token, 2))
+    assert found.log_probs[0] != pytest.approx(found.log_probs[1], abs=1e-3)
+    assert found.log_probs[1] != pytest.approx(found.log_probs[2], abs=1e-3)
+
+
+def test_extend_forgets_the_tree_and_truncate_the_slots() -> None:
+    drafter = extended("twin", 0)
+    taps = torch.ones(1, 2, 48)
+    expected = drafter.extend([4, 6], taps)
+    drafter.truncate(len(TOKENS))
+    for depth, level in enumerate(LEVELS, start=1):
+        drafter.step(frontier(level, depth))
+    again = drafter.extend([4, 6], taps)
+    assert again.tokens == expected.tokens
+    assert again.log_probs[0] == pytest.approx(expected.log_probs[0], abs=1e-5)
+    assert drafter.length == len(TOKENS) + 2

@@ -1,12 +1,11 @@
 """The registry of backends, and building and opening engine folders with them.
 
-A backend is a row of `BACKENDS`: how to build its files and how to open them. Modules are imported when used, so a
-machine needs only what its backend needs.
+A backend is a row of `BACKENDS`: how to build its files and how to open them. Modules are
+imported when used, so a machine needs only what its backend needs.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +16,12 @@ from pydantic import ValidationError
 from drafter.artifact import Manifest, fingerprint, is_up_to_date, read_artifact, write_artifact
 from drafter.config import DrafterConfig, TargetConfig
 from drafter.errors import UsageError
-from engines.base import DEFAULT_TREE, KIND, MEND, Engine, EngineManifest, EngineSet
+from engines.base import DEFAULT_TREE, INT8_GRAPHS, KIND, MEND, Engine, EngineManifest, EngineSet
 from engines.machine import physical_cores
 from export.contract import CONTRACT_VERSION, GRAPHS, GraphName, contracts
-from export.model import KIND as EXPORT_KIND
-from export.model import MEND as EXPORT_MEND
-from export.model import TOKENIZER_FILES
+from export.files import KIND as EXPORT_KIND
+from export.files import MEND as EXPORT_MEND
+from export.files import WEIGHTS, copy_tokenizer
 
 Build = Callable[[Path, Path, str], None]
 Open = Callable[[EngineManifest, int], dict[GraphName, Engine]]
@@ -30,7 +29,7 @@ Open = Callable[[EngineManifest, int], dict[GraphName, Engine]]
 
 @dataclass(frozen=True)
 class Backend:
-    """`build(export_folder, out, precision)` fills a folder; `open(manifest, threads)` makes its engines."""
+    """`build(export_folder, out, precision)` fills a folder, `open(manifest, threads)` opens it."""
 
     precisions: tuple[str, ...]
     package: str
@@ -67,7 +66,9 @@ def _open_torch(manifest: EngineManifest, threads: int) -> dict[GraphName, Engin
 
 
 BACKENDS: dict[str, Backend] = {
-    "onnxruntime": Backend(("fp32", "int8"), "onnxruntime", _build_onnxruntime, _open_onnxruntime),
+    "onnxruntime": Backend(
+        tuple(INT8_GRAPHS), "onnxruntime", _build_onnxruntime, _open_onnxruntime
+    ),
     "torch": Backend(("fp32",), "torch", _build_torch, _open_torch),
 }
 
@@ -84,14 +85,14 @@ def build_engines(
 ) -> Manifest:
     """Build, self-check and write the engine artifact `out`; an unchanged one is kept.
 
-    Raises UsageError for an unknown backend or precision or a damaged export, CheckFailed for a wrong engine.
+    Raises UsageError for an unknown backend or precision or a damaged export, CheckFailed for a
+    wrong engine.
     """
     tell = progress or (lambda _what, _share: None)
     chosen = find_backend(backend)
     if precision not in chosen.precisions:
-        raise UsageError(
-            f"Precision {precision!r} is unknown to backend {backend}; use {' or '.join(chosen.precisions)}."
-        )
+        known = " or ".join(chosen.precisions)
+        raise UsageError(f"Precision {precision!r} is unknown to backend {backend}; use {known}.")
     tell("checking the export", 0.0)
     exported = read_artifact(export_folder, EXPORT_KIND, verify=True, mend=EXPORT_MEND)
     inputs = {"export": fingerprint(exported)}
@@ -100,15 +101,16 @@ def build_engines(
     if _unchanged(out, chosen, inputs, arguments, data):
         tell("up to date", 1.0)
         return read_artifact(out, KIND, verify=False, mend=MEND)
-    with write_artifact(out, KIND, exported.name, inputs, arguments, data) as folder:
+    size = 2 * exported.files[WEIGHTS].bytes  # once as scratch, once as result
+    with write_artifact(
+        out, KIND, exported.name, inputs, arguments, data, needed_bytes=size
+    ) as folder:
         tell(f"building {backend} {precision}", 0.2)
         chosen.build(export_folder, folder, precision)
         tell("comparing the engine with PyTorch", 0.6)
         described = EngineManifest.model_validate({**data, "folder": folder})
         _self_check(chosen, described, export_folder, threads or physical_cores())
-        for file in TOKENIZER_FILES:
-            if (export_folder / file).exists():
-                shutil.copyfile(export_folder / file, folder / file)
+        copy_tokenizer(export_folder, folder)
     tell("built", 1.0)
     return read_artifact(out, KIND, verify=False, mend=MEND)
 
@@ -130,7 +132,7 @@ def open_engines(folder: Path, *, threads: int | None = None, verify: bool = Fal
 
 
 def read_engine(folder: Path, *, verify: bool) -> tuple[Manifest, EngineManifest]:
-    """The manifest of an engine folder that this version and machine can open. Raises UsageError."""
+    """The manifest of an engine folder that can be opened here. Raises UsageError."""
     manifest = read_artifact(folder, KIND, verify=True if verify else "size", mend=MEND)
     try:
         described = EngineManifest.model_validate({**manifest.data, "folder": folder.resolve()})
@@ -199,12 +201,14 @@ def _check_versions(manifest: Manifest, backend: Backend, folder: Path) -> None:
     contract = manifest.arguments.get("contract")
     if contract != CONTRACT_VERSION:
         raise UsageError(
-            f"{folder} was built for graph contract {contract}, this version needs {CONTRACT_VERSION}; run `{MEND}`."
+            f"{folder} was built for graph contract {contract}, this version needs "
+            f"{CONTRACT_VERSION}; run `{MEND}`."
         )
     found, needed = _version_found(manifest, backend), _installed(backend)
     if found != needed:
         raise UsageError(
-            f"{folder} was built with {backend.package} {found}, installed is {needed}; run `{MEND}`."
+            f"{folder} was built with {backend.package} {found}, installed is {needed}; "
+            f"run `{MEND}`."
         )
 
 

@@ -1,4 +1,5 @@
-"""What every backend offers: an `Engine` runs one graph of the contract; an `EngineSet` holds the three.
+"""What every backend offers: an `Engine` runs one graph of the contract; an `EngineSet` holds the
+three.
 
 Tensors are PyTorch CPU tensors, contiguous, named and typed by `export.contract`.
 """
@@ -14,9 +15,17 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from drafter.config import DrafterConfig, TargetConfig
+from export.contract import GRAPHS, GraphName
 
 KIND = "engine"
 MEND = "pipeline build-engine"
+# Which graphs have int8 weights. The drafter alone may: that changes how often a guess is right,
+# never the text, which only the target decides.
+INT8_GRAPHS: dict[str, tuple[GraphName, ...]] = {
+    "fp32": (),
+    "int8-drafter": ("drafter_extend", "drafter_step"),
+    "int8": GRAPHS,
+}
 DEFAULT_TREE = {"depth": 4, "width": 4, "budget": 15}
 
 
@@ -30,7 +39,8 @@ class Engine(Protocol):
     def run(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run the graph on contiguous CPU tensors, one for each input of its contract.
 
-        Inputs are read in place. The outputs live in the engine's own memory and are valid until its next run.
+        Inputs are read in place. The outputs live in the engine's own memory and are valid until
+        its next run.
         """
         ...
 

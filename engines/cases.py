@@ -1,7 +1,9 @@
-"""Seeded inputs for every graph: prefill, decode and a random tree, batch 1 and 4, short and long prefixes.
+"""Seeded inputs for every graph: prefill, decode and a random tree, batch 1 and 4, short and long
+prefixes.
 
-The reference makes the prefixes (cache rows, taps, states) that later cases read, so that the numbers are those a model
-really meets. In a batch the prefixes differ in length: shorter ones are padded in front and masked out.
+The reference makes the prefixes (cache rows, taps, states) that later cases read, so that the
+numbers are those a model really meets. In a batch the prefixes differ in length: shorter ones are
+padded in front and masked out.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ class _Prefix:
         return len(self.pads)
 
     def mask(self, among: Tensor) -> Tensor:
-        """bool [B, 1, T, P + T]: the tokens of the prefix and, among the new rows, `among` [T, T]."""
+        """bool [B, 1, T, P + T]: the prefix's tokens and, among the new rows, `among` [T, T]."""
         steps = among.shape[0]
         real = torch.arange(self.length)[None] >= self.pads[:, None]  # [B, P]
         past = real[:, None, None].expand(self.batch, 1, steps, self.length)
@@ -75,7 +77,9 @@ def make_cases(
 
 
 def random_tree(nodes: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Ancestor mask bool [N, N] (self included) and depths int64 [N] of a random tree rooted at node 0."""
+    """Ancestor mask bool [N, N] (self included) and depths int64 [N] of a random tree rooted at
+    node 0.
+    """
     mask = torch.eye(nodes, dtype=torch.bool)
     depths = torch.zeros(nodes, dtype=torch.int64)
     for node in range(1, nodes):

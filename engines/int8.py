@@ -1,8 +1,10 @@
-"""Weight-only int8: constant matrix products become MatMulNBits nodes (8 bits, blocks of 32 along the input).
+"""Weight-only int8: constant matrix products become MatMulNBits nodes (8 bits, blocks of 32 along
+the input).
 
-Symmetric: one float scale a block, largest value at 127, no offset. Activations are quantised by the kernel as it runs
-(accuracy level 4). Embeddings, norms and rescored rows stay float. `quantise_dequantise` gives the weights that an
-int8 engine really uses, so that it can be checked against PyTorch with the same weights.
+Symmetric: one float scale a block, largest value at 127, no offset. Activations are quantised by
+the kernel as it runs (accuracy level 4). Embeddings, norms and rescored rows stay float.
+`quantise_dequantise` gives the weights that an int8 engine really uses, so that it can be checked
+against PyTorch with the same weights.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ Floats = npt.NDArray[np.float32]
 
 
 def quantise_matrix(weight: Floats) -> tuple[npt.NDArray[np.uint8], Floats]:
-    """weight [out, in] -> bytes [out, blocks, BLOCK] and scales [out, blocks]; the last block is padded with 0."""
+    """weight [out, in] -> bytes [out, blocks, BLOCK] and scales [out, blocks]; the last block is
+    padded with 0.
+    """
     rows, size = weight.shape
     blocks = -(-size // BLOCK)
     padded = np.zeros((rows, blocks * BLOCK), dtype=np.float32)
@@ -39,7 +43,9 @@ def quantise_dequantise(weight: Tensor) -> Tensor:
 
 
 def quantise(model: ir.Model) -> None:
-    """Replace every product with a constant matrix, in place; matrices nothing else uses are dropped."""
+    """Replace every product with a constant matrix, in place; matrices nothing else uses are
+    dropped.
+    """
     model.graph.opset_imports[_DOMAIN] = 1
     made: dict[str, tuple[ir.Value, ir.Value]] = {}  # by the name of the matrix they replace
     for node in list(model.graph):
@@ -64,7 +70,8 @@ def _constant_matrix(node: ir.Node) -> ir.Value | None:
 def _replace(
     graph: ir.Graph, node: ir.Node, matrix: ir.Value, made: dict[str, tuple[ir.Value, ir.Value]]
 ) -> None:
-    assert matrix.const_value is not None and matrix.name is not None
+    assert matrix.const_value is not None
+    assert matrix.name is not None
     transposed = node.op_type == "Gemm"  # Gemm(transB) holds [out, in], MatMul [in, out]
     shape = matrix.const_value.shape.numpy()
     size_out, size_in = shape if transposed else shape[::-1]

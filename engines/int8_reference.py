@@ -32,10 +32,11 @@ class Int8Linear(nn.Module):
 def round_in_blocks(x: Tensor) -> Tensor:
     """x [..., in] rounded to 127 steps of the largest value in each block of its last axis."""
     size = x.shape[-1]
-    grouped = F.pad(x, (0, -size % BLOCK)).unflatten(-1, (-1, BLOCK))  # [..., blocks, BLOCK]
+    grouped = torch.unflatten(F.pad(x, (0, -size % BLOCK)), -1, (-1, BLOCK))  # [..., blocks, BLOCK]
     scale = grouped.abs().amax(dim=-1, keepdim=True) / 127.0
     steps = torch.round(grouped / torch.where(scale == 0, 1.0, scale))
-    return (steps * scale).flatten(-2)[..., :size]
+    rounded: Tensor = (steps * scale).flatten(-2)[..., :size]
+    return rounded
 
 
 def replace_linears(module: nn.Module) -> None:
@@ -46,7 +47,7 @@ def replace_linears(module: nn.Module) -> None:
         elif isinstance(child, DenseHead | TargetHead):
             weight = child.weight if isinstance(child, DenseHead) else child.target_rows[0]
             child.rounded = Int8Linear(weight)
-            child.scores = child.rounded.forward  # type: ignore[method-assign]
+            child.scores = child.rounded.forward  # type: ignore[method-assign, assignment]
         else:
             replace_linears(child)
 

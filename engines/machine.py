@@ -1,9 +1,13 @@
-"""What this machine offers: the cores this process may use."""
+"""What this machine offers: the cores this process may use, and which backends could run here."""
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import metadata, util
 from pathlib import Path
 
 _SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
@@ -11,7 +15,10 @@ _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def physical_cores() -> int:
-    """Physical cores that this process may run on: its affinity, hyper-threads once, within the cgroup's quota."""
+    """Physical cores that this process may run on.
+
+    Its affinity with hyper-threads counted once, within the quota of its cgroup.
+    """
     cpus = os.sched_getaffinity(0)
     cores = {_siblings(cpu) for cpu in cpus}
     return max(1, min(len(cores), _quota(len(cpus))))
@@ -30,3 +37,69 @@ def _quota(default: int) -> int:
         return default if limit == "max" else math.ceil(int(limit) / int(period))
     except (OSError, ValueError):
         return default
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """Whether a backend can be used here; `detail` says with what, or what is missing."""
+
+    name: str
+    available: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class _Needs:
+    """What a backend needs: a module, the package that brings it, and perhaps an NVIDIA driver."""
+
+    module: str
+    install: str
+    driver: bool = False
+
+
+_NEEDS = {
+    "onnxruntime": _Needs("onnxruntime", "pip install slimspec"),
+    "torch": _Needs("torch", "pip install slimspec"),
+    "tensorrt": _Needs("tensorrt", "pip install 'slimspec[tensorrt]'", driver=True),
+    "tensorrt-rtx": _Needs("tensorrt_rtx", "pip install tensorrt-rtx", driver=True),
+    "tensorrt-llm": _Needs("tensorrt_llm", "pip install 'slimspec[tensorrt-llm]'", driver=True),
+}
+
+
+def backends_available() -> list[BackendStatus]:
+    """All backends this project knows of, with what they lack on this machine; imports none."""
+    from engines.backends import BACKENDS
+
+    return [_status(name, needs, name in BACKENDS) for name, needs in _NEEDS.items()]
+
+
+def _status(name: str, needs: _Needs, implemented: bool) -> BackendStatus:
+    version = installed_version(needs.module)
+    missing = []
+    if version is None:
+        missing.append(f"package {needs.module} ({needs.install})")
+    if needs.driver and not has_nvidia_driver():
+        missing.append("NVIDIA driver (libcuda.so.1)")
+    if not implemented:
+        missing.append("an engine builder in this version of slimspec")
+    detail = f"missing: {'; '.join(missing)}" if missing else f"{needs.module} {version}"
+    return BackendStatus(name, not missing, detail)
+
+
+def installed_version(module: str) -> str | None:
+    """The version of an installed module, `unknown` where its package names none, or None."""
+    if util.find_spec(module) is None:
+        return None
+    for package in (module, module.replace("_", "-")):
+        with suppress(metadata.PackageNotFoundError):
+            return metadata.version(package)
+    return "unknown"
+
+
+def has_nvidia_driver() -> bool:
+    """Whether the driver's library can be loaded."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True

@@ -1,16 +1,16 @@
 """Backend `onnxruntime`: sessions on the CPU, bound to PyTorch memory without copies.
 
-Inputs are bound by address, so a prefix of a preallocated cache is read where it lies. Outputs are written into buffers
-that the engine owns and reuses; one binding is kept for each set of sizes, since rebinding costs more than looking up.
+Inputs are bound by address, so a prefix of a preallocated cache is read where it lies. Outputs
+are written into buffers that the engine owns and reuses; one binding is kept for each set of
+sizes, since rebinding costs more than looking up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
 import onnxruntime as ort
 import torch
 
@@ -18,9 +18,9 @@ from drafter.config import DrafterConfig, TargetConfig
 from drafter.errors import UsageError
 from engines.base import MEND, Engine, EngineManifest
 from engines.machine import physical_cores
-from export.contract import GRAPHS, TORCH_DTYPES, GraphContract, GraphName, contracts
-from export.model import MEND as EXPORT_MEND
-from export.onnx_files import check_metadata
+from export.contract import TORCH_DTYPES, GraphContract, GraphName, contracts
+from export.files import MEND as EXPORT_MEND
+from export.files import check_metadata
 
 _ONNX_TYPES = {"float32": 1, "int64": 7, "bool": 9}  # onnx.TensorProto.DataType
 _KEPT_BINDINGS = 64
@@ -101,7 +101,7 @@ class OnnxRuntimeEngine:
 
 
 def session_options(threads: int) -> ort.SessionOptions:
-    """Options that every session shares: `threads` intra-op threads, no inter-op pool, errors only."""
+    """Options of every session: `threads` intra-op threads, no inter-op pool, errors only."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -134,11 +134,15 @@ def open_engine(path: Path, contract: GraphContract, threads: int) -> OnnxRuntim
     return OnnxRuntimeEngine(session, contract)
 
 
-def open_with_float_activations(manifest: EngineManifest) -> dict[GraphName, Engine]:
+def open_with_float_activations(
+    manifest: EngineManifest, graphs: Sequence[GraphName]
+) -> dict[GraphName, Engine]:
     """An int8 engine whose kernels do not round activations: for checking its weights exactly."""
+    import onnx_ir as ir
+
     found = contracts(manifest.target, manifest.drafter)
     opened: dict[GraphName, Engine] = {}
-    for graph in GRAPHS:
+    for graph in graphs:
         model = ir.load(manifest.folder / f"{graph}.onnx")
         for node in model.graph:
             if node.op_type == "MatMulNBits":

@@ -1,6 +1,7 @@
-"""Build engines for ONNX Runtime: optimise each exported graph once, off line, and store its weights shared.
+"""Build engines for ONNX Runtime: optimise each graph once, off line, and share their weights.
 
-Optimisation stops at the "extended" level: it fuses nodes but lays nothing out for one particular processor.
+Optimisation stops at the "extended" level: it fuses nodes but lays nothing out for one particular
+processor.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ from pathlib import Path
 import onnx_ir as ir
 import onnxruntime as ort
 
+from engines.base import INT8_GRAPHS
+from engines.int8 import quantise
 from engines.onnxruntime import open_session, session_options
 from export.contract import GRAPHS
-from export.onnx_files import WEIGHTS, WeightFile, save_graph
+from export.files import WEIGHTS
+from export.onnx_files import WeightFile, save_graph
 
 _SCRATCH = "optimised"
 
@@ -24,11 +28,8 @@ def build_graphs(export_folder: Path, out: Path, precision: str) -> None:
     Raises UsageError when a graph cannot be loaded.
     """
     models = {graph: optimised(export_folder / f"{graph}.onnx", out) for graph in GRAPHS}
-    if precision == "int8":
-        from engines.int8 import quantise
-
-        for model in models.values():
-            quantise(model)
+    for graph in INT8_GRAPHS[precision]:
+        quantise(models[graph])
     weights = WeightFile(out / WEIGHTS)
     for graph, model in models.items():
         save_graph(model, out / f"{graph}.onnx", weights)
@@ -36,7 +37,7 @@ def build_graphs(export_folder: Path, out: Path, precision: str) -> None:
 
 
 def optimised(path: Path, out: Path) -> ir.Model:
-    """The graph of `path` after ONNX Runtime's offline optimisation; its weights lie in a scratch folder of `out`."""
+    """The graph of `path`, optimised; its weights lie in a scratch folder of `out`."""
     folder = out / _SCRATCH
     folder.mkdir(exist_ok=True)
     options = session_options(threads=1)
@@ -46,5 +47,6 @@ def optimised(path: Path, out: Path) -> ir.Model:
     options.add_session_config_entry(
         "session.optimized_model_external_initializers_file_name", data
     )
+    options.add_session_config_entry("session.disable_prepacking", "1")  # nothing is run here
     open_session(path, options)
     return ir.load(folder / path.name)

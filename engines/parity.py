@@ -1,7 +1,8 @@
 """Comparing a graph's outputs with the reference's, tensor by tensor.
 
-Scores (logits, log-probabilities, log-sum-exp) are compared absolutely; inner states, whose sizes differ by orders of
-magnitude between rows, relative to the largest value of their row. Top-k ids must be equal except for true ties.
+Scores (logits, log-probabilities, log-sum-exp) are compared absolutely; inner states, whose sizes
+differ by orders of magnitude between rows, relative to the largest value of their row. Top-k ids
+must be equal except for true ties.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ _SCORES = ("logits", "topk_logprobs", "log_sum_exp")
 
 @dataclass(frozen=True)
 class Tolerance:
-    """`scores`: absolute; `states`: relative to the row's largest value; `agreement`: least share of
-    top-k ids that are equal or tied, two scores within `tie` being tied.
+    """`scores`: absolute; `states`: relative to the row's largest value; `agreement`: least share
+    of top-k ids that are equal or tied, two scores within `tie` being tied.
     """
 
     scores: float = 1e-3
@@ -60,7 +61,9 @@ def compare(
     found: Mapping[str, Tensor],
     tolerance: Tolerance,
 ) -> list[Comparison]:
-    """All outputs in the order in which the graph computes them, so that the first bad one is the cause."""
+    """All outputs in the order in which the graph computes them, so that the first bad one is the
+    cause.
+    """
     made = []
     for name in computation_order(contract):
         if name == "topk_ids":
@@ -114,8 +117,9 @@ def id_agreement(
 ) -> float:
     """Share of places [..., K] whose id is the reference's, or is tied with it.
 
-    An id that the reference ranks elsewhere is tied if its score there is within `tie` of this place's; one that the
-    reference does not list is tied if its own score is within `tie` of the reference's last.
+    An id that the reference ranks elsewhere is tied if its score there is within `tie` of this
+    place's; one that the reference does not list is tied if its own score is within `tie` of the
+    reference's last.
     """
     if ids.shape != found_ids.shape or ids.numel() == 0:
         return float(ids.shape == found_ids.shape)

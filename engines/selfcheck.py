@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from torch import nn
+
 from drafter.decoder import TargetDecoder
 from drafter.eagle3 import Drafter
 from drafter.errors import CheckFailed
-from engines.base import Engine, EngineManifest
+from engines.base import INT8_GRAPHS, Engine, EngineManifest
 from engines.cases import BATCHES, make_cases
 from engines.parity import EXACT, ROUNDED, Comparison, Tolerance, compare
 from engines.torch_backend import torch_engines
@@ -25,7 +27,9 @@ Engines = Mapping[GraphName, Engine]
 
 @dataclass(frozen=True)
 class Comparand:
-    """What must agree with a reference, and how closely; the keys of `engines` name them in reports."""
+    """What must agree with a reference, and how closely; the keys of `engines` name them in
+    reports.
+    """
 
     engines: Mapping[str, Engines]
     reference: Engines
@@ -48,36 +52,36 @@ def comparands(
 ) -> Iterator[Comparand]:
     """The checks that an engine folder needs; `exported` are graphs to check beside it.
 
-    For an int8 engine the linear layers of `decoder` and `drafter` are replaced for good.
+    For int8 graphs the linear layers of `decoder` and `drafter` are replaced for good.
     """
-    exact = dict.fromkeys(ROUNDED, EXACT)
-    float_engines = dict(exported or {})
-    if manifest.precision != "int8":
-        float_engines["engine"] = open_as_built()
-    if float_engines:
-        yield Comparand(float_engines, torch_engines(decoder, drafter), exact)
-    if manifest.precision == "int8":
-        yield from _int8_comparands(manifest, open_as_built, decoder, drafter)
+    rounded = INT8_GRAPHS[manifest.precision]
+    built = open_as_built()
+    exact = {graph: engine for graph, engine in built.items() if graph not in rounded}
+    candidates = {**(exported or {}), **({"engine": exact} if exact else {})}
+    if candidates:
+        yield Comparand(candidates, torch_engines(decoder, drafter), dict.fromkeys(ROUNDED, EXACT))
+    if rounded:
+        modules: list[nn.Module] = [drafter, decoder] if "target" in rounded else [drafter]
+        as_built = {graph: built[graph] for graph in rounded}
+        yield from _int8_comparands(manifest, as_built, modules, torch_engines(decoder, drafter))
 
 
 def _int8_comparands(
-    manifest: EngineManifest,
-    open_as_built: Callable[[], Engines],
-    decoder: TargetDecoder,
-    drafter: Drafter,
+    manifest: EngineManifest, as_built: Engines, modules: list[nn.Module], reference: Engines
 ) -> Iterator[Comparand]:
     from engines.int8_reference import replace_linears, round_activations
     from engines.onnxruntime import open_with_float_activations
 
-    for module in (decoder, drafter):
+    for module in modules:
         replace_linears(module)
         round_activations(module, False)
-    reference = torch_engines(decoder, drafter)
-    unrounded = {"engine, float activations": open_with_float_activations(manifest)}
-    yield Comparand(unrounded, reference, dict.fromkeys(ROUNDED, EXACT))
-    for module in (decoder, drafter):
+    unrounded = open_with_float_activations(manifest, tuple(as_built))
+    yield Comparand(
+        {"engine, float activations": unrounded}, reference, dict.fromkeys(ROUNDED, EXACT)
+    )
+    for module in modules:
         round_activations(module, True)
-    yield Comparand({"engine": open_as_built()}, reference, ROUNDED)
+    yield Comparand({"engine": as_built}, reference, ROUNDED)
 
 
 def run_comparand(
@@ -93,8 +97,11 @@ def run_comparand(
         pair.reference, manifest.target, manifest.drafter, batches=batches, prefixes=prefixes
     )
     for case in cases:
+        compared = {label: e for label, e in pair.engines.items() if case.graph in e}
+        if not compared:
+            continue
         expected = pair.reference[case.graph].run(case.feeds)
-        for label, engines in pair.engines.items():
+        for label, engines in compared.items():
             outputs = engines[case.graph].run(case.feeds)
             tolerance = pair.tolerances[case.graph]
             for made in compare(found[case.graph], case.name, expected, outputs, tolerance):
@@ -107,7 +114,7 @@ def self_check(
     decoder: TargetDecoder,
     drafter: Drafter,
 ) -> None:
-    """Compare every graph at batch 1 and 4. Raises CheckFailed naming the first tensor to differ."""
+    """Compare every graph, batch 1 and 4. Raises CheckFailed naming the first bad tensor."""
     for pair in comparands(manifest, open_as_built, decoder, drafter):
         bad = first_divergence(run_comparand(pair, manifest))
         if bad is not None:

@@ -1,6 +1,8 @@
-"""Backend `torch`: the same contract on the PyTorch modules of the drafter floor; the reference for all others.
+"""Backend `torch`: the same contract on the PyTorch modules of the drafter floor; the reference
+for all others.
 
-Its engine folder holds a copy of the exported files and reads the weights out of them, memory-mapped.
+Its engine folder holds a copy of the exported files and reads the weights out of them, memory-
+mapped.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ from drafter.config import DrafterConfig, TargetConfig
 from drafter.decoder import TargetDecoder, rope_frequencies
 from drafter.eagle3 import Drafter, DraftState
 from export.contract import GRAPHS, GraphContract, GraphName, contracts
-from export.onnx_files import WEIGHTS, map_weights
-from export.trace import EMBEDDING, HEAD_ROWS
+from export.files import EMBEDDING, HEAD_ROWS, WEIGHTS
+from export.onnx_files import map_weights
 
 Run = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
@@ -108,7 +110,9 @@ def build_folder(export_folder: Path, out: Path) -> None:
 def open_folder(
     folder: Path, target: TargetConfig, drafter: DrafterConfig
 ) -> dict[GraphName, TorchEngine]:
-    """Engines over the weights of an export (or of a folder that `build_folder` made). Raises UsageError."""
+    """Engines over the weights of an export (or of a folder that `build_folder` made). Raises
+    UsageError.
+    """
     decoder = exported_target(folder / "target.onnx", target, drafter.taps)
     return torch_engines(
         decoder, exported_drafter(folder / "drafter_extend.onnx", drafter, decoder)

@@ -1,8 +1,10 @@
-"""The graph contract: names, dtypes and axes of every graph's inputs and outputs, written once as data.
+"""The graph contract: names, dtypes and axes of every graph's inputs and outputs, written once as
+data.
 
-Export writes it into the ONNX files, engines bind by it, the runtime feeds by it and tests compare with it.
-Axes are sizes or symbols: B batch, T new tokens, P cached rows, S = P + T, R rows wanted.
-Masks are bool, True = attend. The cache is sequence-major [B, P, kv_heads * head_dim]; graphs return new rows only.
+Export writes it into the ONNX files, engines bind by it, the runtime feeds by it and tests
+compare with it. Axes are sizes or symbols: B batch, T new tokens, P cached rows, S = P + T, R
+rows wanted. Masks are bool, True = attend. The cache is sequence-major [B, P, kv_heads *
+head_dim]; graphs return new rows only.
 """
 
 from __future__ import annotations
@@ -121,7 +123,9 @@ def target_contract(config: TargetConfig, n_taps: int) -> GraphContract:
 
 
 def drafter_contract(config: DrafterConfig, kind: Literal["extend", "step"]) -> GraphContract:
-    """The `drafter_extend` graph (reads target taps) or `drafter_step` (reads its own states; R = T)."""
+    """The `drafter_extend` graph (reads target taps) or `drafter_step` (reads its own states; R =
+    T).
+    """
     r = "R" if kind == "extend" else "T"
     taps = TensorSpec("taps", "float32", ("B", "T", len(config.taps) * config.target_hidden_size))
     # An ONNX graph cannot have an input and an output of one name, so the input is not `state`.

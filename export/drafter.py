@@ -1,4 +1,4 @@
-"""The `drafter_extend` and `drafter_step` graphs: the EAGLE-3 layer and the head, flat signatures."""
+"""Graphs `drafter_extend` and `drafter_step`: one EAGLE-3 layer and its head, flat signatures."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from torch import Tensor, nn
 
 from drafter.eagle3 import Drafter
 from export.contract import drafter_contract
+from export.files import EMBEDDING, HEAD_ROWS
 from export.head import attach_function, head_node
 from export.layers import OnnxAttention, OnnxMLP, Projection, frozen, gather_rows, rope_half_tables
-from export.trace import EMBEDDING, HEAD_ROWS, rename_weight, trace
+from export.trace import rename_weight, trace
 
 
 class DrafterGraph(nn.Module):
-    """What both entry points share. Embedding and head rows are the target's, under the target's names."""
+    """What both entry points share. Embedding and head rows are the target's, under the target's
+    names.
+    """
 
     def __init__(self, drafter: Drafter, target_rows: Tensor, tied: bool) -> None:
         super().__init__()
@@ -30,7 +33,7 @@ class DrafterGraph(nn.Module):
         self.self_attn = OnnxAttention(layer.self_attn)
         self.mlp = OnnxMLP(layer.mlp)
         self.norm = drafter.norm
-        self.head = head_node(drafter, rows)  # type: ignore[arg-type]
+        self.head = head_node(drafter, rows)
         self.register_buffer("inverse", drafter.inverse)
         self.inverse: Tensor
 
@@ -96,8 +99,8 @@ def trace_drafter(
 ) -> ir.Model:
     """One drafter graph as an ONNX model in memory.
 
-    `target_rows` [V, Ht] are the target's head rows; `tied` says that they are its embedding, in which case the
-    graph holds them once. Weights are views of the drafter's and the target's.
+    `target_rows` [V, Ht] are the target's head rows; `tied` says that they are its embedding, in
+    which case the graph holds them once. Weights are views of the drafter's and the target's.
     """
     graph = (ExtendGraph if kind == "extend" else StepGraph)(drafter, target_rows, tied)
     model = trace(graph, drafter_contract(drafter.config, kind))

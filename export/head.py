@@ -1,8 +1,9 @@
 """The drafter's head in a graph: one `slimspec::` node and an ONNX local function of the same name.
 
-ONNX Runtime and plain TensorRT inline the function; TensorRT with the head plugin takes the plugin, because the node
-carries `plugin_namespace`. The function's arithmetic is that of `drafter.heads`: float32 scores, stable
-log-sum-exp, ties to the lower id. Weights: `w_down` [H, r], `w_up` [r, V], `weight` and `target_rows` [V, H].
+ONNX Runtime and plain TensorRT inline the function; TensorRT with the head plugin takes the
+plugin, because the node carries `plugin_namespace`. The function's arithmetic is that of
+`drafter.heads`: float32 scores, stable log-sum-exp, ties to the lower id. Weights: `w_down` [H,
+r], `w_up` [r, V], `weight` and `target_rows` [V, H].
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ _LOW_RANK_SCORES = """
     raw = MatMul (low, w_up)
     z = Cast <to: int = 1> (raw)
 """
-# The preview's top m, in id order so that ties below go to the lower id, get exact scores; the sum of
-# exponentials swaps their previewed terms for exact ones (`drafter.heads.low_rank.rescored_top_k`).
+# The preview's top m, in id order so that ties below go to the lower id, get exact scores; the sum
+# of exponentials swaps their previewed terms for exact ones (`heads.low_rank.rescored_top_k`).
 _RESCORED_END = """
     m_scalar = Constant <value_int: int = @rescore> ()
     m_1d = Unsqueeze (m_scalar, zero)
@@ -163,7 +164,7 @@ def head_node(drafter: Drafter, target_rows: nn.Parameter) -> LowRankNode | Dens
 
 def attach_function(model: ir.Model, function: onnx.FunctionProto) -> None:
     """Add the local function to a traced model."""
-    body = ir.from_proto(function)
+    body = ir.serde.deserialize_function(function)
     model.functions[body.identifier()] = body
     model.opset_imports[DOMAIN] = DOMAIN_VERSION
     model.graph.opset_imports[DOMAIN] = DOMAIN_VERSION

@@ -1,12 +1,13 @@
 """Export-time layers: the drafter floor's weights in the operators that ONNX runtimes run best.
 
-Attention and rotary embedding stay sequence-major ([B, T, heads * head_dim]), so no graph transposes activations.
-Weights are views of the loaded checkpoint: nothing here copies a parameter. Numbers equal those of `drafter.decoder`.
+Attention and rotary embedding stay sequence-major ([B, T, heads * head_dim]), so no graph
+transposes activations. Weights are views of the loaded checkpoint: nothing here copies a
+parameter. Numbers equal those of `drafter.decoder`.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +57,7 @@ class OnnxAttention(nn.Module):
         past_key: Tensor,
         past_value: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, T, in], cos and sin [B, T, head_dim / 2], past [B, P, KV] -> [B, T, H], new rows [B, T, KV]."""
+        """x [B, T, in], cos and sin [B, T, D / 2], past [B, P, KV] -> [B, T, H], new rows."""
         q = self._turned(self.q_proj(x), self.q_norm, cos, sin, self.heads)
         key = self._turned(self.k_proj(x), self.k_norm, cos, sin, self.kv_heads)
         value = self.v_proj(x)
@@ -71,7 +72,9 @@ class OnnxAttention(nn.Module):
         self, x: Tensor, norm: RMSNorm | None, cos: Tensor, sin: Tensor, heads: int
     ) -> Tensor:
         if norm is not None:
-            x = norm(x.unflatten(-1, (heads, self.head_dim))).flatten(2)
+            batch, steps, width = x.shape
+            x = reshape(x, (0, 0, heads, self.head_dim), (batch, steps, heads, self.head_dim))
+            x = reshape(norm(x), (0, 0, -1), (batch, steps, width))
         return ops.rotary_embedding(x, cos, sin, num_heads=heads)
 
 
@@ -104,9 +107,10 @@ def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
 def row_scores(h: Tensor, weight: Tensor) -> Tensor:
     """h [B, R, H], weight [V, H] -> h weight^T [B, R, V], as Gemm(transB).
 
-    Gemm takes the rows as they are stored, so an embedding that is also the head is one tensor in the file.
+    Gemm takes the rows as they are stored, so an embedding that is also the head is one tensor in
+    the file.
     """
-    vocab, lead = weight.shape[0], h.shape[:2]
+    vocab, lead = weight.shape[0], h.shape[:2]  # sizes for the tracer, not for the graph
     flat_shape = (lead[0] * lead[1], h.shape[2])
     flat = symbolic("Flatten", (h,), {"axis": 2}, h.dtype, flat_shape)  # [B * R, H]
     scores = symbolic("Gemm", (flat, weight), {"transB": 1}, h.dtype, (flat_shape[0], vocab))
@@ -115,8 +119,15 @@ def row_scores(h: Tensor, weight: Tensor) -> Tensor:
     return symbolic("Reshape", (scores, wanted), {}, h.dtype, (*lead, vocab))  # [B, R, V]
 
 
+def reshape(x: Tensor, wanted: tuple[int, ...], traced: tuple[int, ...]) -> Tensor:
+    """Reshape to `wanted`: 0 keeps an axis, -1 infers one; `traced` is the shape it makes now."""
+    return symbolic("Reshape", (x, torch.tensor(wanted)), {}, x.dtype, traced)
+
+
 def symbolic(
     op: str, inputs: tuple[Tensor, ...], attributes: dict[str, Any], dtype: torch.dtype, shape: Any
 ) -> Tensor:
-    """One node of the standard operator set that PyTorch has no function for; it cannot run eagerly."""
-    return cast(Tensor, ops.symbolic(op, inputs, attributes, dtype=dtype, shape=shape))
+    """One node of the standard operator set that PyTorch has no function for; it cannot run
+    eagerly.
+    """
+    return ops.symbolic(op, inputs, attributes, dtype=dtype, shape=shape)

@@ -1,8 +1,9 @@
 """ONNX files with their weights outside, in one data file shared by all graphs of a folder.
 
-Equal tensors are stored once, whichever graphs use them: the drafter graphs point at the target's embedding, and both
-drafter graphs at one copy of the layer. Runtimes map the file, so what is stored once is in memory once.
-Weights stream through one at a time; nothing here holds a whole model, and models over 2 GB need no other path.
+Equal tensors are stored once, whichever graphs use them: the drafter graphs point at the target's
+embedding, and both drafter graphs at one copy of the layer. Runtimes map the file, so what is
+stored once is in memory once. Weights stream through one at a time; nothing here holds a whole
+model, and models over 2 GB need no other path.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ import torch
 
 from drafter.errors import UsageError
 from export.contract import CONTRACT_VERSION, GraphName
+from export.files import WEIGHTS
 
-WEIGHTS = "weights.bin"
 _PAGE = 4096  # large tensors start on a page, so that they can be mapped
 _LINE = 64  # small ones on a cache line
-_INLINE_BYTES = 256  # shapes and scalars stay in the graph, where shape inference reads them
+_INLINE_BYTES = 256
 
 
 class WeightFile:
-    """Appends tensors to a data file and gives references to them; equal content is written once."""
+    """Appends tensors to a data file and refers to them there; equal content is written once."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -45,7 +46,7 @@ class WeightFile:
             offset,
             length,
             tensor.dtype,
-            shape=ir.Shape(tensor.shape),
+            shape=ir.Shape(tensor.shape.numpy()),
             name=name,
             base_dir=self.path.parent,
         )
@@ -60,16 +61,22 @@ class WeightFile:
 
 
 def save_graph(model: ir.Model, path: Path, weights: WeightFile) -> None:
-    """Write `path`, with every tensor above a few numbers in `weights` (same folder).
+    """Write `path`, with its weights in `weights` (a file of the same folder).
 
     Raises UsageError when the result is not valid ONNX.
     """
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
-        if tensor is not None and tensor.nbytes > _INLINE_BYTES:
+        if tensor is not None and not _stays_inline(tensor):
             value.const_value = weights.store(tensor, name)
     ir.save(model, path)
     check_graph(path)
+
+
+def _stays_inline(tensor: ir.TensorProtocol) -> bool:
+    """Shapes and scalars: shape inference and optimisers read them in the graph."""
+    small = tensor.nbytes <= _INLINE_BYTES
+    return small and (tensor.dtype == ir.DataType.INT64 or len(tensor.shape) == 0)
 
 
 def map_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -94,7 +101,7 @@ def map_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def check_graph(path: Path) -> None:
-    """`onnx.checker` with shape inference on the file, so that size is no limit. Raises UsageError."""
+    """`onnx.checker` with shape inference, by path: size is no limit. Raises UsageError."""
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
@@ -102,18 +109,7 @@ def check_graph(path: Path) -> None:
 
 
 def set_metadata(model: ir.Model, graph: GraphName, config: Mapping[str, Any]) -> None:
-    """Write the contract version, the graph's name and the model's config into the file's metadata."""
+    """Write contract version, graph name and the model's config into the file's metadata."""
     model.metadata_props["slimspec.contract"] = str(CONTRACT_VERSION)
     model.metadata_props["slimspec.graph"] = graph
     model.metadata_props["slimspec.config"] = json.dumps(config, sort_keys=True)
-
-
-def check_metadata(metadata: Mapping[str, str], graph: GraphName, where: Path, mend: str) -> None:
-    """Refuse a file that holds another graph or another contract. Raises UsageError."""
-    for field, needed in (
-        ("slimspec.contract", str(CONTRACT_VERSION)),
-        ("slimspec.graph", graph),
-    ):
-        found = metadata.get(field)
-        if found != needed:
-            raise UsageError(f"{where}: {field} is {found!r}, {needed!r} is needed; run `{mend}`.")

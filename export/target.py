@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from drafter.decoder import DecoderLayer, TargetDecoder
 from export.contract import target_contract
+from export.files import EMBEDDING
 from export.layers import (
     OnnxAttention,
     OnnxMLP,
@@ -16,11 +17,13 @@ from export.layers import (
     rope_half_tables,
     row_scores,
 )
-from export.trace import EMBEDDING, rename_weight, trace
+from export.trace import rename_weight, trace
 
 
 class OnnxDecoderLayer(nn.Module):
-    """`drafter.decoder.DecoderLayer`; `forward` stops before the MLP so that the last layer can drop rows."""
+    """`drafter.decoder.DecoderLayer`; `forward` stops before the MLP so that the last layer can
+    drop rows.
+    """
 
     def __init__(self, layer: DecoderLayer) -> None:
         super().__init__()

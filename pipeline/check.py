@@ -22,9 +22,9 @@ from engines.cases import BATCHES, PREFIXES
 from engines.machine import physical_cores
 from engines.selfcheck import Labelled, comparands, describe, first_divergence, run_comparand
 from export.contract import GraphName
-from export.model import KIND as EXPORT_KIND
-from export.model import MEND as EXPORT_MEND
-from export.model import folder_fingerprint
+from export.files import KIND as EXPORT_KIND
+from export.files import MEND as EXPORT_MEND
+from export.files import folder_fingerprint
 
 Progress = Callable[[str], None]
 

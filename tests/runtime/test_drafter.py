@@ -63,6 +63,20 @@ def test_a_nodes_proposals_depend_on_its_own_path_only(kind: str, rounds: int) -
             assert found.log_probs[row] == pytest.approx(expected.log_probs[0], abs=1e-4)
 
 
+def test_a_node_attends_the_prefix_its_ancestors_and_itself() -> None:
+    model = tiny(5)
+    model.drafter.extend(TOKENS, torch.ones(1, len(TOKENS), 48))
+    slots, fed = len(TOKENS), 0
+    for depth, level in enumerate(LEVELS, start=1):
+        model.drafter.step(frontier(level, depth))
+        call = model.engines["step"].calls[-1]
+        assert call["position_ids"][0].tolist() == [slots - 1 + depth] * len(level)
+        for row, node in enumerate(level):
+            seen = [*range(slots), *(slots + i for i in node.ancestors), slots + fed + row]
+            assert call["attention_mask"][0, 0, row].nonzero().flatten().tolist() == seen
+        fed += len(level)
+
+
 @pytest.mark.parametrize("kind", ["twin", "random"])
 def test_paths_that_differ_differ_in_their_proposals(kind: str) -> None:
     """Or the test above would show nothing."""

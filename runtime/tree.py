@@ -74,6 +74,9 @@ class TreeConfig:
         lookup = min(self.lookup, new_tokens - 1, rows)
         # depth-1 steps write up to width rows each into the drafter's cache, after the root's slot.
         width = min(self.width, (rows + 1) // max(depth - 1, 1))
+        fitted = (depth, width, budget, lookup)
+        if fitted == (self.depth, self.width, self.budget, self.lookup):
+            return self
         return replace(self, depth=depth, width=width, budget=budget, lookup=lookup)
 
 

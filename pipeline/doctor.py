@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,6 @@ from pipeline.workspace import last_engine
 
 _NEEDED_GB = 3.0  # default target, export and engine
 _NEEDED_MEMORY_GB = 4.0
-_LATER = ("tensorrt", "tensorrt-rtx", "tensorrt-llm")
-_NOT_YET = "not in this version"
 
 
 def examine() -> DoctorReport:
@@ -40,27 +37,16 @@ def examine() -> DoctorReport:
 def require_usable(report: DoctorReport) -> None:
     """Raise MissingError where no backend works here."""
     if not any(backend.usable for backend in report.backends):
-        raise MissingError("no backend is usable here; `pip install onnxruntime` adds the default.")
+        raise MissingError("no backend is usable here; `pip install slimspec` adds the default.")
 
 
 def _backends() -> list[BackendState]:
-    """Those of the registry by what is installed, then those this version does not have yet."""
-    from engines import BACKENDS
+    from engines import backends_available
 
-    found = []
-    for name, backend in BACKENDS.items():
-        usable = find_spec(backend.package) is not None
-        precisions = ", ".join(backend.precisions)
-        found.append(
-            BackendState(
-                name=name,
-                usable=usable,
-                detail=f"CPU; {precisions}" if usable else f"{backend.package} is not installed",
-                install=None if usable else f"pip install {backend.package}",
-            )
-        )
-    later = [name for name in _LATER if name not in BACKENDS]
-    return found + [BackendState(name=n, usable=False, detail=_NOT_YET) for n in later]
+    return [
+        BackendState(name=status.name, usable=status.available, detail=status.detail)
+        for status in backends_available()
+    ]
 
 
 def _cache() -> dict[str, Any]:

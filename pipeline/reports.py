@@ -94,12 +94,11 @@ class RunReport(_Report):
 
 
 class BackendState(_Report):
-    """Whether a backend works here, and if not, what would mend that."""
+    """Whether a backend works here; `detail` says with what, or what is missing."""
 
     name: str
     usable: bool
     detail: str
-    install: str | None = None
 
 
 class DoctorReport(_Report):

@@ -7,6 +7,7 @@ half-written when it is stopped, so the same command goes on where it was.
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -113,6 +114,7 @@ def export_stage(target: TargetFolder, drafter: Path, out: Path | None = None) -
     from export.model import export_model
 
     out = out or target_workspace(target) / "export"
+    _discard_damaged(out, "export")
     before = _fingerprint(out)
     with progress("export") as tell:
         manifest = export_model(target.path, drafter, out, name=target.name, progress=tell)
@@ -127,6 +129,7 @@ def build_stage(export: Path, options: BuildOptions, out: Path | None = None) ->
 
     TreeConfig(**options.chosen())  # refuses a bad tree before anything is built
     out = out or export.resolve().parent / engine_name(options.backend, options.precision)
+    _discard_damaged(out, "engine")
     before = _fingerprint(out)
     with progress("build-engine") as tell:
         manifest = build_engines(
@@ -197,11 +200,31 @@ def describe(report: ArtifactReport) -> str:
     return f"{'up to date' if report.up_to_date else 'made'}, {report.path}"
 
 
+def _discard_damaged(folder: Path, kind: str) -> None:
+    """Remove an artifact of this kind whose files are not what its manifest says.
+
+    The stages below compare sizes only; here hashes are compared, so that running a stage again
+    mends whatever a reader refused.
+    """
+    manifest = _manifest(folder)
+    if manifest is None or manifest.kind != kind:
+        return
+    try:
+        read_artifact(folder, kind)
+    except UsageError as error:
+        note(f"{error}; it is made anew")
+        shutil.rmtree(folder)
+
+
 def _fingerprint(folder: Path) -> str | None:
     """What tells a folder's artifact from one made anew; None where there is none."""
+    manifest = _manifest(folder)
+    return None if manifest is None else f"{fingerprint(manifest)} {manifest.created}"
+
+
+def _manifest(folder: Path) -> Manifest | None:
     try:
         content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        manifest = read_artifact(folder, str(content["kind"]), verify=False)
+        return read_artifact(folder, str(content["kind"]), verify=False)
     except (OSError, ValueError, KeyError, TypeError, UsageError):
         return None
-    return f"{fingerprint(manifest)} {manifest.created}"

@@ -96,10 +96,7 @@ def doctor_tables(report: DoctorReport) -> list[Table]:
     facts.add_row("last engine", report.last_engine or "none")
     backends = _table("Backends", ("backend", "usable", "detail"))
     for backend in report.backends:
-        detail = (
-            backend.detail if backend.install is None else f"{backend.detail}: {backend.install}"
-        )
-        backends.add_row(backend.name, _yes(backend.usable), detail)
+        backends.add_row(backend.name, _yes(backend.usable), backend.detail)
     return [facts, backends]
 
 

@@ -106,7 +106,7 @@ def evaluate(
 ) -> None:
     """Measure plain against speculative decoding on one engine, interleaved, prompt by prompt.
 
-    Exit code 1 where greedy texts differ in fp32.
+    Exit code 1 where greedy texts differ although the target runs in fp32.
 
     \b
     Examples:

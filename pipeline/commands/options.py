@@ -61,7 +61,9 @@ Backend = Annotated[
 Precision = Annotated[
     str | None,
     option(
-        "--precision", help="Weights: fp32 or int8.", default=default(BuildOptions, "precision")
+        "--precision",
+        help="Weights: fp32, int8-drafter (the text stays that of fp32) or int8.",
+        default=default(BuildOptions, "precision"),
     ),
 ]
 Threads = Annotated[

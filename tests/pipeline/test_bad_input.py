@@ -13,6 +13,7 @@ import pytest
 
 from drafter import artifact
 from tests.pipeline.command import assert_refused, run_command, run_process
+from tests.pipeline.conftest import Built
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -148,6 +149,22 @@ def test_a_damaged_export_is_not_built(
     result = run_command("build-engine", f"--export={export}", f"--out={out}")
     assert_refused(result, 2, file, "pipeline export")
     assert not out.exists()
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_last_byte])
+def test_building_again_mends_a_damaged_engine(
+    built: Built, cache: Path, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    """Also where only a hash differs: the command that an error names must help."""
+    (workspace,) = (path.parent for path in built.cache.glob("workspace/*/export"))
+    engine = Path(shutil.copytree(next(workspace.glob("engine-*")), tmp_path / "engine"))
+    damage(engine / "weights.bin")
+    build = ("build-engine", f"--export={workspace / 'export'}", f"--out={engine}", "--json")
+    mended = run_command(*build)
+    assert mended.code == 0, mended.err
+    assert mended.json["up_to_date"] is False
+    assert "made anew" in mended.err
+    assert run_command("generate", f"--engine={engine}", "--prompt=Hi", "--max-tokens=2").code == 0
 
 
 @pytest.mark.parametrize(

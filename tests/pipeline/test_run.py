@@ -139,6 +139,13 @@ def test_different_texts_are_a_failed_check(report: dict[str, Any]) -> None:
         verdict(outcome(report))
 
 
+def test_an_int8_drafter_may_not_change_the_text(report: dict[str, Any]) -> None:
+    report["decode"]["identical"] = 2
+    report["environment"]["precision"] = "int8-drafter"
+    with pytest.raises(CheckFailed, match="1 of 3"):
+        verdict(outcome(report))
+
+
 @pytest.mark.parametrize("known", [{"temperature": 1.0}, {"precision": "int8"}])
 def test_sampled_and_int8_texts_are_counted_but_not_judged(
     report: dict[str, Any], known: dict[str, object]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import onnx_ir as ir
@@ -13,7 +14,7 @@ from export.contract import drafter_contract
 from export.files import EMBEDDING, HEAD_ROWS
 from export.head import attach_function, head_node
 from export.layers import OnnxAttention, OnnxMLP, Projection, frozen, gather_rows, rope_half_tables
-from export.trace import rename_weight, trace
+from export.trace import SIZES, rename_weight, trace
 
 
 class DrafterGraph(nn.Module):
@@ -95,7 +96,12 @@ class StepGraph(DrafterGraph):
 
 
 def trace_drafter(
-    drafter: Drafter, target_rows: Tensor, *, tied: bool, kind: Literal["extend", "step"]
+    drafter: Drafter,
+    target_rows: Tensor,
+    *,
+    tied: bool,
+    kind: Literal["extend", "step"],
+    sizes: Mapping[str, int] = SIZES,
 ) -> ir.Model:
     """One drafter graph as an ONNX model in memory.
 
@@ -103,7 +109,7 @@ def trace_drafter(
     which case the graph holds them once. Weights are views of the drafter's and the target's.
     """
     graph = (ExtendGraph if kind == "extend" else StepGraph)(drafter, target_rows, tied)
-    model = trace(graph, drafter_contract(drafter.config, kind))
+    model = trace(graph, drafter_contract(drafter.config, kind), sizes)
     attach_function(model, graph.head.function())
     rename_weight(model, target_rows, HEAD_ROWS)
     rename_weight(model, drafter.target_embedding[0], EMBEDDING)  # last: the name when tied

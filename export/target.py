@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ from export.layers import (
     rope_half_tables,
     row_scores,
 )
-from export.trace import rename_weight, trace
+from export.trace import SIZES, rename_weight, trace
 
 
 class OnnxDecoderLayer(nn.Module):
@@ -83,8 +85,8 @@ class TargetGraph(nn.Module):
         return row_scores(self.norm(x), self.lm_head.weight), fused, *new  # type: ignore[arg-type]
 
 
-def trace_target(decoder: TargetDecoder) -> ir.Model:
+def trace_target(decoder: TargetDecoder, sizes: Mapping[str, int] = SIZES) -> ir.Model:
     """The target as an ONNX model in memory; its weights are views of the decoder's."""
-    model = trace(TargetGraph(decoder), target_contract(decoder.config, len(decoder.taps)))
+    model = trace(TargetGraph(decoder), target_contract(decoder.config, len(decoder.taps)), sizes)
     rename_weight(model, decoder.embed_tokens.weight, EMBEDDING)
     return model

@@ -1,0 +1,163 @@
+"""Exported graphs of every family: they honour the contract and compute what PyTorch computes."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+
+from drafter.checkpoint import load_drafter, load_target
+from engines.cases import make_cases
+from engines.onnxruntime import open_exported
+from engines.parity import EXACT, compare
+from engines.torch_backend import exported_drafter, exported_target, torch_engines
+from export.contract import CONTRACT_VERSION, GRAPHS, contracts
+from export.drafter import trace_drafter
+from export.files import EMBEDDING, HEAD_ROWS, WEIGHTS, check_metadata
+from export.target import trace_target
+from tests.export.conftest import Exported
+
+ONNX_TYPES = {"int64": "tensor(int64)", "float32": "tensor(float)", "bool": "tensor(bool)"}
+OTHER_SIZES = {"B": 4, "T": 7, "P": 3, "R": 6}
+
+
+def test_every_graph_computes_what_pytorch_computes(exported: Exported) -> None:
+    target = load_target(exported.pair.target)
+    drafter = load_drafter(exported.pair.drafter, target)
+    reference = torch_engines(target, drafter)
+    engines = open_exported(exported.folder, target.config, drafter.config, threads=1)
+    found = contracts(target.config, drafter.config)
+    seen: Counter[str] = Counter()
+    for case in make_cases(
+        reference, target.config, drafter.config, batches=(1, 3), prefixes=(1, 9)
+    ):
+        expected = reference[case.graph].run(case.feeds)
+        outputs = engines[case.graph].run(case.feeds)
+        bad = [
+            c for c in compare(found[case.graph], case.name, expected, outputs, EXACT) if not c.ok
+        ]
+        assert not bad
+        seen[case.graph] += 1
+    assert seen == {"target": 12, "drafter_extend": 8, "drafter_step": 8}
+
+
+def test_files_name_their_tensors_as_the_contract_does(exported: Exported) -> None:
+    target = load_target(exported.pair.target).config
+    drafter = load_drafter(exported.pair.drafter, load_target(exported.pair.target)).config
+    for graph, contract in contracts(target, drafter).items():
+        session = ort.InferenceSession(str(exported.folder / f"{graph}.onnx"))
+        for specs, values in (
+            (contract.inputs, session.get_inputs()),
+            (contract.outputs, session.get_outputs()),
+        ):
+            wanted = [(s.name, ONNX_TYPES[s.dtype], list(s.axes)) for s in specs]
+            assert [(v.name, v.type, v.shape) for v in values] == wanted
+
+
+def test_metadata_says_what_a_file_is(exported: Exported) -> None:
+    for graph in GRAPHS:
+        path = exported.folder / f"{graph}.onnx"
+        file = onnx.load(path, load_external_data=False)
+        metadata = {p.key: p.value for p in file.metadata_props}
+        check_metadata(metadata, graph, path, "")
+        assert metadata["slimspec.contract"] == str(CONTRACT_VERSION)
+        config = json.loads(metadata["slimspec.config"])
+        assert config == exported.manifest.data["target" if graph == "target" else "drafter"]
+
+
+def test_activations_are_never_transposed_and_fused_operators_are_used(exported: Exported) -> None:
+    for graph, layers in (("target", 2), ("drafter_extend", 1), ("drafter_step", 1)):
+        model = ir.load(exported.folder / f"{graph}.onnx")
+        operators = Counter(node.op_type for node in model.graph)
+        assert not operators.keys() & {"Transpose", "Expand", "Softmax", "Where", "Split", "Slice"}
+        assert operators["Attention"] == layers
+        assert operators["RotaryEmbedding"] == 2 * layers
+        assert model.opset_imports[""] == 23
+
+
+def test_the_head_is_a_node_for_the_plugin_and_a_function_for_everyone_else(
+    exported: Exported,
+) -> None:
+    for graph in ("drafter_extend", "drafter_step"):
+        model = onnx.load(exported.folder / f"{graph}.onnx", load_external_data=False)
+        (node,) = [n for n in model.graph.node if n.domain == "slimspec"]
+        (function,) = model.functions
+        assert (node.domain, node.op_type) == (function.domain, function.name)
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        assert attributes["plugin_namespace"] == b"slimspec"
+        assert attributes["plugin_version"] == b"1"
+        assert attributes["k"] == exported.manifest.data["drafter"]["top_k"]
+        assert len(node.input) == len(function.input)
+
+
+def test_shared_weights_are_stored_once(exported: Exported) -> None:
+    places: dict[str, set[tuple[int | None, int | None]]] = {}
+    for graph in GRAPHS:
+        for name, value in ir.load(exported.folder / f"{graph}.onnx").graph.initializers.items():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                place = (value.const_value.offset, value.const_value.length)
+                places.setdefault(f"{graph[:7]} {name}", set()).add(place)
+    assert all(len(found) == 1 for found in places.values())  # extend and step share the layer
+    embedding = places["target " + EMBEDDING]
+    assert places["drafter " + EMBEDDING] == embedding
+    tied = exported.manifest.data["target"]["tie_embeddings"]
+    assert ("target " + HEAD_ROWS in places) == (not tied)
+    if not tied:
+        assert places["drafter " + HEAD_ROWS] == places["target " + HEAD_ROWS] != embedding
+    distinct = {place for found in places.values() for place in found}
+    assert sum(length or 0 for _, length in distinct) <= (exported.folder / WEIGHTS).stat().st_size
+
+
+def test_weights_come_back_under_their_checkpoint_names(exported: Exported) -> None:
+    target = load_target(exported.pair.target)
+    drafter = load_drafter(exported.pair.drafter, target)
+    decoder = exported_target(exported.folder / "target.onnx", target.config, target.taps)
+    path = exported.folder / "drafter_extend.onnx"
+    layer = exported_drafter(path, drafter.config, decoder)
+    for name, tensor in target.state_dict().items():
+        assert torch.equal(decoder.state_dict()[name], tensor), name
+    for name, tensor in layer.state_dict().items():
+        assert torch.equal(tensor, drafter.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("exported", ["qwen3"], indirect=True)
+def test_no_traced_size_enters_a_graph(exported: Exported) -> None:
+    target = load_target(exported.pair.target)
+    drafter = load_drafter(exported.pair.drafter, target)
+    rows = target.lm_head.weight
+    traced = {
+        "target": trace_target(target, OTHER_SIZES),
+        "drafter_extend": trace_drafter(
+            drafter, rows, tied=False, kind="extend", sizes=OTHER_SIZES
+        ),
+        "drafter_step": trace_drafter(drafter, rows, tied=False, kind="step", sizes=OTHER_SIZES),
+    }
+    for graph, other in traced.items():
+        written = ir.load(exported.folder / f"{graph}.onnx")
+        assert nodes(written) == nodes(other)
+        assert inline_constants(written) == inline_constants(other)
+
+
+def nodes(model: ir.Model) -> list[bytes]:
+    """Every node with its attributes and the names of its tensors."""
+    return [ir.to_proto(node).SerializeToString(deterministic=True) for node in model.graph]
+
+
+def inline_constants(model: ir.Model) -> dict[str, list[int]]:
+    """The shapes that a graph holds."""
+    tensors = {name: value.const_value for name, value in model.graph.initializers.items()}
+    integers = {n: t for n, t in tensors.items() if t is not None and t.dtype == ir.DataType.INT64}
+    return {name: tensor.numpy().tolist() for name, tensor in integers.items()}
+
+
+def test_only_the_wanted_rows_reach_the_last_mlp_and_the_head(exported: Exported) -> None:
+    for graph in ("target", "drafter_extend"):
+        order = [n.op_type for n in ir.load(exported.folder / f"{graph}.onnx").graph]
+        after = order[order.index("GatherND") :]
+        assert "Attention" not in after
+        assert after.count("MatMul") == 3

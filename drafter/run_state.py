@@ -9,6 +9,10 @@ between the two renames is noticed rather than resumed from.
 from __future__ import annotations
 
 import json
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +72,29 @@ def load_state(
     )
     optimizer.load_state_dict({**optimizer.state_dict(), "state": _moments(tensors)})
     return int(state["step"])
+
+
+@contextmanager
+def held_interrupt() -> Iterator[threading.Event]:
+    """Hold Ctrl-C back until a step is whole: the event is set instead; a second one interrupts.
+
+    Outside the main thread, where no handler can be set, the event stays unset.
+    """
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def hold(*_: object) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = signal.signal(signal.SIGINT, hold)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _moments(tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:

@@ -32,7 +32,7 @@ from drafter.head_loss import Objective, chunked_loss, geometric_weights
 from drafter.heads.low_rank import LowRankHead
 from drafter.losses import LOSSES
 from drafter.row_sample import Rows, all_rows, sample_rows
-from drafter.run_state import load_state, save_state
+from drafter.run_state import held_interrupt, load_state, save_state
 from drafter.unroll import unroll
 
 
@@ -109,18 +109,23 @@ def train(
     plan = batch_plan(config, [len(d.ids) for d in documents])
     step = load_state(run, drafter, optimizer, config.model_dump(mode="json"))
     first, saved_at, clock = step, time.monotonic(), _Clock()
-    while step < len(plan) and (stop_after is None or step - first < stop_after):
-        batch = collate([documents[i] for i in plan[step]])
-        values = train_step(drafter, optimizer, batch, config, step, len(plan))
-        step += 1
-        row = clock.report(values, batch, step, len(plan))
-        _log(run, row)
-        if report is not None:
-            report(row)
-        if time.monotonic() - saved_at > 60 * config.checkpoint_minutes:
-            save_state(run, drafter, optimizer, config.model_dump(mode="json"), step)
-            saved_at = time.monotonic()
+    with held_interrupt() as interrupted:
+        while step < len(plan) and (stop_after is None or step - first < stop_after):
+            batch = collate([documents[i] for i in plan[step]])
+            values = train_step(drafter, optimizer, batch, config, step, len(plan))
+            step += 1
+            row = clock.report(values, batch, step, len(plan))
+            _log(run, row)
+            if report is not None:
+                report(row)
+            if interrupted.is_set():
+                break
+            if time.monotonic() - saved_at > 60 * config.checkpoint_minutes:
+                save_state(run, drafter, optimizer, config.model_dump(mode="json"), step)
+                saved_at = time.monotonic()
     save_state(run, drafter, optimizer, config.model_dump(mode="json"), step)
+    if interrupted.is_set():
+        raise KeyboardInterrupt
     return drafter
 
 

@@ -25,7 +25,7 @@ TARGET = tiny_target()
 def chain_states(
     drafter: Drafter, ids: torch.Tensor, taps: torch.Tensor, slot: int, steps: int
 ) -> Any:
-    """Decode as the runtime does: extend over slots 0..slot, then steps on the tokens that follow."""
+    """Decode as the runtime does: extend over slots 0..slot, then steps on later tokens."""
     kv = drafter.config.kv_size
     none = torch.zeros(1, 0, kv)
     positions = torch.arange(slot + 1)[None]

@@ -1,8 +1,10 @@
-"""Training: batches, supervision, learning, and going on after a kill as if nothing had happened."""
+"""Training: batches, supervision, learning, and going on after a kill as if it never was."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from drafter.acceptance import expected_tau, measure_acceptance
 from drafter.batches import collate, epoch_order, supervised_positions
 from drafter.errors import UsageError
 from drafter.start import start_drafter
-from drafter.training import TrainConfig, learning_rate, read_log, train
+from drafter.training import StepReport, TrainConfig, learning_rate, read_log, train
 from tests.tiny_drafter import VOCAB, tiny_captured, tiny_drafter, tiny_target
 
 TARGET = tiny_target()
@@ -146,6 +148,22 @@ def test_a_stopped_run_goes_on_to_the_bit(tmp_path: Path) -> None:
         assert torch.equal(value, parts.state_dict()[name]), name
     logged = [row.loss for row in read_log(tmp_path / "parts")]
     assert logged == [row.loss for row in read_log(tmp_path / "whole")]
+
+
+def test_an_interrupt_waits_for_the_step_and_loses_nothing(tmp_path: Path) -> None:
+    config = TrainConfig(**FAST, epochs=2, sampled_rows=24)
+    whole = train(tiny_drafter(TARGET), DOCUMENTS, config, tmp_path / "whole")
+
+    def interrupt(row: StepReport) -> None:
+        if row.step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_drafter(TARGET), DOCUMENTS, config, tmp_path / "parts", interrupt)
+    assert [row.step for row in read_log(tmp_path / "parts")] == [1, 2, 3, 4]
+    parts = train(tiny_drafter(TARGET), DOCUMENTS, config, tmp_path / "parts")
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, parts.state_dict()[name]), name
 
 
 def test_a_run_of_other_options_is_not_resumed(tmp_path: Path) -> None:

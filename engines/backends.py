@@ -79,7 +79,7 @@ def build_engines(
     backend: str = "onnxruntime",
     precision: str = "fp32",
     threads: int | None = None,
-    tree: Mapping[str, int] | None = None,
+    tree: Mapping[str, int | float] | None = None,
     *,
     progress: Callable[[str, float], None] | None = None,
 ) -> Manifest:
@@ -166,7 +166,7 @@ def find_backend(name: str) -> Backend:
 
 
 def engine_data(
-    exported: Manifest, backend: str, precision: str, tree: Mapping[str, int]
+    exported: Manifest, backend: str, precision: str, tree: Mapping[str, int | float]
 ) -> dict[str, Any]:
     """The `data` of an engine manifest: the fields of `EngineManifest` but its folder."""
     target = TargetConfig.model_validate(exported.data["target"])

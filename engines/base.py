@@ -26,7 +26,13 @@ INT8_GRAPHS: dict[str, tuple[GraphName, ...]] = {
     "int8-drafter": ("drafter_extend", "drafter_step"),
     "int8": GRAPHS,
 }
-DEFAULT_TREE = {"depth": 4, "width": 4, "budget": 15}
+DEFAULT_TREE: dict[str, int | float] = {
+    "depth": 4,
+    "width": 4,
+    "budget": 12,
+    "min_prob": 0.03,
+    "lookup": 8,
+}
 
 
 class Engine(Protocol):
@@ -58,7 +64,7 @@ class EngineManifest(BaseModel):
     vocab_size: int
     backend: str
     precision: str
-    tree: dict[str, int]
+    tree: dict[str, int | float]
     folder: Path
 
 

@@ -29,10 +29,12 @@ class TreeOptions(_Options):
     depth: int | None = Field(None, ge=1)
     width: int | None = Field(None, ge=1)
     budget: int | None = Field(None, ge=1)
+    min_prob: float | None = Field(None, ge=0, lt=1)
+    lookup: int | None = Field(None, ge=0)
 
-    def chosen(self) -> dict[str, int]:
+    def chosen(self) -> dict[str, Any]:
         """The values that were given."""
-        given = {"depth": self.depth, "width": self.width, "budget": self.budget}
+        given = {name: getattr(self, name) for name in TreeOptions.model_fields}
         return {name: value for name, value in given.items() if value is not None}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,7 +130,7 @@ def choose_prompts(options: RunOptions, offline: bool | None = None) -> PromptSe
 
 
 def environment(
-    options: RunOptions, target: str, drafter: Path, prompts: PromptSet, tree: dict[str, int]
+    options: RunOptions, target: str, drafter: Path, prompts: PromptSet, tree: dict[str, Any]
 ) -> dict[str, Any]:
     """Everything the numbers depend on."""
     found = machine()
@@ -157,14 +157,14 @@ def _out(options: RunOptions, name: str) -> Path | None:
 
 def _decode(
     engine: Path, options: RunOptions, prompts: PromptSet
-) -> tuple[list[Pair], dict[str, int]]:
+) -> tuple[list[Pair], dict[str, Any]]:
     from runtime.generator import Generator
 
     generator = Generator.load(engine, threads=options.threads)
     tree = generator.tree
     with progress("decode") as tell:
         pairs = evaluate(generator, prompts, options, tell)
-    return pairs, {"depth": tree.depth, "width": tree.width, "budget": tree.budget}
+    return pairs, asdict(tree)
 
 
 def _heads(target: Path, drafter: Path, rows: int, options: RunOptions) -> HeadReport:
@@ -188,7 +188,7 @@ def _checked(check: CheckReport) -> str:
     return f"{sum(row.ok for row in rows)} of {len(rows)} tensors within tolerance"
 
 
-def _decoded(found: tuple[list[Pair], dict[str, int]]) -> str:
+def _decoded(found: tuple[list[Pair], dict[str, Any]]) -> str:
     report = summarise(found[0])
     times = "" if report.speedup is None else f", {report.speedup:.2f}x"
     return f"{report.identical} of {report.prompts} texts identical, tau {report.tau:.2f}{times}"

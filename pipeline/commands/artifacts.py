@@ -70,6 +70,8 @@ def build_engine(
     depth: o.Depth = None,
     width: o.Width = None,
     budget: o.Budget = None,
+    min_prob: o.MinProb = None,
+    lookup: o.Lookup = None,
     out: o.Out = None,
     as_json: o.Json = False,
 ) -> None:
@@ -94,6 +96,8 @@ def build_engine(
         depth=depth,
         width=width,
         budget=budget,
+        min_prob=min_prob,
+        lookup=lookup,
     )
     report = build_stage(export or last_export(), chosen, out)
     print_artifact(report, as_json)

@@ -44,6 +44,8 @@ def generate(
     depth: o.Depth = None,
     width: o.Width = None,
     budget: o.Budget = None,
+    min_prob: o.MinProb = None,
+    lookup: o.Lookup = None,
     threads: o.Threads = None,
     as_json: o.Json = False,
 ) -> None:
@@ -58,7 +60,9 @@ def generate(
     from pipeline.workspace import last_engine
 
     decode = options(DecodeOptions, max_tokens=max_tokens, temperature=temperature, seed=seed)
-    tree = options(TreeOptions, depth=depth, width=width, budget=budget)
+    tree = options(
+        TreeOptions, depth=depth, width=width, budget=budget, min_prob=min_prob, lookup=lookup
+    )
     asked = _prompt(prompt, system, raw)
     folder = engine or last_engine()
     from runtime.generator import Generator  # imports PyTorch: after the cheap mistakes
@@ -97,6 +101,8 @@ def evaluate(
     depth: o.Depth = None,
     width: o.Width = None,
     budget: o.Budget = None,
+    min_prob: o.MinProb = None,
+    lookup: o.Lookup = None,
     threads: o.Threads = None,
     details: Annotated[
         Path | None, o.option("--details", help="JSONL file for the figures of every prompt.")
@@ -122,7 +128,9 @@ def evaluate(
     from runtime.generator import Generator
 
     decode = options(DecodeOptions, max_tokens=max_tokens, temperature=temperature, seed=seed)
-    tree = options(TreeOptions, depth=depth, width=width, budget=budget)
+    tree = options(
+        TreeOptions, depth=depth, width=width, budget=budget, min_prob=min_prob, lookup=lookup
+    )
     if details is not None:
         check_writable(details)
     folder = engine or last_engine()

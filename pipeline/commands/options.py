@@ -79,6 +79,18 @@ Budget = Annotated[
     int | None,
     option("--budget", help="Nodes verified per round, without the root.", default="the engine's"),
 ]
+MinProb = Annotated[
+    float | None,
+    option("--min-prob", help="Drop nodes less likely than this.", default="the engine's"),
+]
+Lookup = Annotated[
+    int | None,
+    option(
+        "--lookup",
+        help="Longest guess from the text so far; 0 leaves the drafter alone.",
+        default="the engine's",
+    ),
+]
 MaxTokens = Annotated[
     int | None,
     option(

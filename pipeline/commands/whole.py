@@ -26,6 +26,8 @@ def run(
     depth: o.Depth = None,
     width: o.Width = None,
     budget: o.Budget = None,
+    min_prob: o.MinProb = None,
+    lookup: o.Lookup = None,
     out: o.Out = None,
     json_file: Annotated[
         Path | None, o.option("--json", help="File for the report, see docs/json.md.")
@@ -64,6 +66,8 @@ def run(
         depth=depth,
         width=width,
         budget=budget,
+        min_prob=min_prob,
+        lookup=lookup,
         out=out,
     )
     from pipeline.run import run as run_all

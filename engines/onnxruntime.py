@@ -44,6 +44,19 @@ class OnnxRuntimeEngine:
 
     def run(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """See `engines.base.Engine`. Raises UsageError for a feed that breaks the contract."""
+        try:
+            binding, outputs = self._bound(feeds)
+            self.session.run_with_iobinding(binding)
+        except UsageError:
+            raise
+        except Exception as error:  # the session raises bare exceptions of several types
+            self._contract.check(feeds)  # names a feed that is missing or of the wrong shape
+            raise RuntimeError(f"graph '{self.name}' failed in ONNX Runtime: {error}") from error
+        return outputs
+
+    def _bound(
+        self, feeds: Mapping[str, torch.Tensor]
+    ) -> tuple[ort.IOBinding, dict[str, torch.Tensor]]:
         batch, steps = feeds["input_ids"].shape
         rows = feeds["rows"].shape[1] if "rows" in feeds else steps
         binding, outputs = self._bound_outputs(batch, steps, rows)
@@ -53,12 +66,7 @@ class OnnxRuntimeEngine:
                 self._refuse(feeds)
             pointer = tensor.data_ptr() or self._empty.data_ptr()
             binding.bind_input(name, "cpu", 0, onnx_type, tensor.shape, pointer)
-        try:
-            self.session.run_with_iobinding(binding)
-        except Exception as error:  # the binding raises bare exceptions of several types
-            self._contract.check(feeds)  # a mis-shaped feed is named here
-            raise RuntimeError(f"graph '{self.name}' failed in ONNX Runtime: {error}") from error
-        return outputs
+        return binding, outputs
 
     def _refuse(self, feeds: Mapping[str, torch.Tensor]) -> None:
         self._contract.check(feeds)

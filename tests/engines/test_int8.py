@@ -1,0 +1,161 @@
+"""int8 weights: how they are rounded, and that ONNX Runtime computes with them as PyTorch does."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import helper, numpy_helper
+
+from engines import open_engines
+from engines.int8 import BLOCK, quantise_dequantise, quantise_matrix
+from engines.int8_reference import Int8Linear, replace_linears, round_activations, round_in_blocks
+from engines.onnxruntime_build import build_graphs
+from engines.torch_backend import torch_engines
+from tests.engines.conftest import Source
+
+
+def matrix(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    """A random matrix."""
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+@given(st.integers(1, 9), st.integers(1, 100), st.integers(0, 99))
+def test_a_weight_moves_by_at_most_half_a_step_of_its_block(
+    rows: int, columns: int, seed: int
+) -> None:
+    weight = matrix(rows, columns, seed)
+    _, scales = quantise_matrix(weight.numpy())
+    steps = torch.from_numpy(scales).repeat_interleave(BLOCK, dim=1)[:, :columns]
+    assert ((quantise_dequantise(weight) - weight).abs() <= steps * 0.5 + 1e-7).all()
+
+
+def test_a_block_of_zeros_stays_zero() -> None:
+    weight = torch.zeros(2, BLOCK * 2)
+    weight[0, 0] = 1.0
+    assert torch.equal(quantise_dequantise(weight), weight)
+    assert torch.equal(round_in_blocks(weight), weight)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    st.sampled_from([(32, 64), (72, 40), (8, 320), (96, 17)]),
+    st.sampled_from([1, 3, 16]),
+    st.booleans(),
+)
+def test_the_kernel_and_the_reference_round_alike(
+    shape: tuple[int, int], rows: int, rounded: bool
+) -> None:
+    size_in, size_out = shape
+    weight, x = matrix(size_out, size_in), matrix(rows, size_in, 1)
+    layer = Int8Linear(weight)
+    layer.rounds_activations = rounded
+    found = run_kernel(weight, x, accuracy_level=4 if rounded else 0)
+    torch.testing.assert_close(found, layer(x), atol=1e-4, rtol=0)
+
+
+def run_kernel(weight: torch.Tensor, x: torch.Tensor, accuracy_level: int) -> torch.Tensor:
+    """One MatMulNBits node in ONNX Runtime."""
+    stored, scales = quantise_matrix(weight.numpy())
+    node = helper.make_node(
+        "MatMulNBits",
+        ["x", "w", "s"],
+        ["y"],
+        domain="com.microsoft",
+        bits=8,
+        block_size=BLOCK,
+        K=weight.shape[1],
+        N=weight.shape[0],
+        accuracy_level=accuracy_level,
+    )
+    graph = helper.make_graph(
+        [node],
+        "product",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["M", weight.shape[1]])],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["M", weight.shape[0]])],
+        [numpy_helper.from_array(stored, "w"), numpy_helper.from_array(scales, "s")],
+    )
+    imports = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
+    file = helper.make_model(graph, opset_imports=imports, ir_version=10).SerializeToString()
+    session = ort.InferenceSession(file, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+
+
+def test_every_product_with_a_constant_is_int8_and_nothing_else_is(int8_dir: Path) -> None:
+    for graph, products in (("target", 3 * 7 + 1), ("drafter_extend", 10), ("drafter_step", 9)):
+        model = ir.load(int8_dir / f"{graph}.onnx")
+        operators = Counter(node.op_type for node in model.graph)
+        assert operators["MatMulNBits"] == products
+        assert operators["Gemm"] == 0
+        assert operators["MatMul"] == (0 if graph == "target" else 1)  # rescored rows stay float
+        floats = [
+            name
+            for name, value in model.graph.initializers.items()
+            if value.const_value is not None
+            and value.const_value.dtype == ir.DataType.FLOAT
+            and len(value.const_value.shape) == 2
+            and not name.endswith(".scales")
+        ]
+        assert floats == ["embed_tokens.weight"]
+
+
+def test_int8_engines_are_close_to_fp32_but_not_equal(source: Source, int8_dir: Path) -> None:
+    engines = open_engines(int8_dir, threads=1)
+    assert engines.manifest.precision == "int8"
+    exact = torch_engines(source.target, source.drafter)["target"]
+    feeds = {
+        "input_ids": torch.arange(6)[None],
+        "position_ids": torch.arange(6)[None],
+        "attention_mask": torch.ones(6, 6, dtype=torch.bool).tril()[None, None],
+        "rows": torch.arange(6)[None],
+    }
+    feeds |= {n: torch.zeros(1, 0, 16) for n in exact.input_names if n.startswith("past_")}
+    expected = exact.run(feeds)["logits"]
+    error = (engines.target.run(feeds)["logits"] - expected).abs().max()
+    assert 1e-4 < error < 0.25 * expected.abs().max()
+
+
+def test_the_drafter_alone_can_be_int8(source: Source, tmp_path: Path) -> None:
+    build_graphs(source.export, tmp_path, "int8-drafter")
+    kinds = {
+        graph: "MatMulNBits" in {n.op_type for n in ir.load(tmp_path / f"{graph}.onnx").graph}
+        for graph in ("target", "drafter_extend", "drafter_step")
+    }
+    assert kinds == {"target": False, "drafter_extend": True, "drafter_step": True}
+
+
+@pytest.mark.parametrize("head", ["dense", "target", "low_rank"])
+def test_the_reference_replaces_every_kind_of_head(source: Source, head: str) -> None:
+    from tests.tiny_drafter import tiny_drafter
+
+    drafter = tiny_drafter(source.target, head=head)
+    h = matrix(3, 32)
+    before = drafter.lm_head.scores(h)  # type: ignore[operator]
+    replace_linears(drafter)
+    rounded = drafter.lm_head.scores(h)  # type: ignore[operator]
+    round_activations(drafter, False)
+    unrounded = drafter.lm_head.scores(h)  # type: ignore[operator]
+    assert not torch.equal(rounded, unrounded)
+    for scores in (rounded, unrounded):
+        assert 0 < (scores - before).abs().max() < 0.1 * before.abs().max()
+
+
+def test_quantised_bytes_are_shared_between_the_drafter_graphs(int8_dir: Path) -> None:
+    places = [
+        {
+            name: value.const_value.offset
+            for name, value in ir.load(int8_dir / f"{graph}.onnx").graph.initializers.items()
+            if isinstance(value.const_value, ir.ExternalTensor)
+        }
+        for graph in ("drafter_extend", "drafter_step")
+    ]
+    common = places[0].keys() & places[1].keys()
+    assert "mlp.gate_proj.weight.int8" in common
+    assert all(places[0][name] == places[1][name] for name in common)

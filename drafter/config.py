@@ -67,6 +67,7 @@ class TargetConfig(BaseModel):
 class DrafterConfig(BaseModel):
     """One EAGLE-3 layer and its head. Written beside the weights as `config.json`.
 
+    `tokenizer_sha256` is `drafter.tokenizer.vocabulary_sha256` of the target's tokenizer.
     `lm_head_rank` is None for a dense head; `rescore` is the number of preview candidates that get
     exact
     scores from the target's own head rows (0: none). `top_k` is how many candidates the graphs

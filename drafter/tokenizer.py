@@ -6,6 +6,7 @@ models, so they run sandboxed: no attribute tricks, no changes to their inputs, 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -22,6 +23,28 @@ from drafter.sources.folder import read_json_object
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_TEMPLATE_BYTES = 256 * 1024
+
+
+def vocabulary(path: Path) -> dict[str, int]:
+    """Token -> id of a `tokenizer.json`, added tokens included. Raises UsageError."""
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise UsageError(
+            f"{path} is not a readable tokenizer ({error}); fetch the target again with "
+            "`pipeline fetch`."
+        ) from None
+    found: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
+    return found
+
+
+def vocabulary_sha256(path: Path) -> str:
+    """Hex SHA-256 over the ids and tokens of a `tokenizer.json`.
+
+    Unlike the file's own hash it does not change with the version of the library that wrote it.
+    """
+    pairs = sorted((number, token) for token, number in vocabulary(path).items())
+    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
 
 class ChatTokenizer:

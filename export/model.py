@@ -6,19 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from drafter.artifact import (
     Manifest,
     is_up_to_date,
     read_artifact,
-    sha256_file,
     write_artifact,
 )
 from drafter.checkpoint import check_fits, check_taps, load_drafter, load_target, weight_files
 from drafter.config import DrafterConfig, TargetConfig, read_drafter_config
 from drafter.errors import UsageError
 from drafter.families import read_target_config
+from drafter.tokenizer import vocabulary, vocabulary_sha256
 from export.contract import CONTRACT_VERSION
 from export.drafter import trace_drafter
 from export.files import KIND, MEND, TOKENIZER, WEIGHTS, copy_tokenizer, folder_fingerprint
@@ -79,31 +77,19 @@ def check_pair(
         raise UsageError(
             f"{target_folder} has no {TOKENIZER}; fetch the target again with `pipeline fetch`."
         )
-    found, needed = sha256_file(path), drafter.tokenizer_sha256
+    size = max(vocabulary(path).values(), default=-1) + 1
+    found, needed = vocabulary_sha256(path), drafter.tokenizer_sha256
     if needed not in (None, found):
         raise UsageError(
-            f"The drafter in {drafter_folder} was trained with another tokenizer: {path} has "
-            f"sha256 {found[:12]}..., the drafter needs {str(needed)[:12]}...; "
+            f"The drafter in {drafter_folder} was trained with another tokenizer: the "
+            f"vocabulary of {path} has sha256 {found[:12]}..., the drafter needs {str(needed)[:12]}...; "
             "train one for this target with `pipeline train`."
         )
-    size = tokenizer_size(path)
     if size > target.vocab_size:
         raise UsageError(
             f"{path} has {size} tokens, the target's vocabulary only {target.vocab_size}; "
             "fetch the target again with `pipeline fetch`."
         )
-
-
-def tokenizer_size(path: Path) -> int:
-    """One more than the highest token id of a `tokenizer.json`. Raises UsageError."""
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise UsageError(
-            f"{path} is not a readable tokenizer ({error}); fetch the target again with "
-            "`pipeline fetch`."
-        ) from None
-    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
 def _write_graphs(

@@ -20,13 +20,13 @@ from drafter.artifact import (
     disk_full_as_error,
     is_up_to_date,
     read_artifact,
-    sha256_file,
     write_artifact,
 )
 from drafter.config import DrafterConfig, TargetConfig, drafter_config_for, read_json
 from drafter.errors import UsageError
 from drafter.families import read_target_config
 from drafter.sources import TargetFolder
+from drafter.tokenizer import vocabulary_sha256
 from pipeline.config import TrainOptions
 from pipeline.corpora import corpus_fingerprint, dialogues_corpus
 from pipeline.progress import note, progress
@@ -99,7 +99,7 @@ def drafter_config(
         "head": options.head,
         "lm_head_rank": options.rank,
         "rescore": min(options.rescore, shape.vocab_size) if low_rank else 0,
-        "tokenizer_sha256": sha256_file(target.path / "tokenizer.json"),
+        "tokenizer_sha256": vocabulary_sha256(target.path / "tokenizer.json"),
     }
     if options.taps is not None:
         changes["taps"] = options.taps

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import save_file
 
-from drafter.artifact import sha256_file
 from drafter.checkpoint import load_target, save_drafter
 from drafter.config import drafter_config_for
 from drafter.decoder import TargetDecoder
 from drafter.eagle3 import Drafter
 from drafter.families import read_target_config
+from drafter.tokenizer import vocabulary_sha256
 from tests.tiny_llama import CHAT_TEMPLATE, tiny_config, tiny_tokenizer
 
 FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
@@ -79,7 +79,7 @@ def write_drafter(folder: Path, target_folder: Path, **changes: Any) -> Path:
     """A random drafter of a target folder; `changes` go into its config."""
     folder.mkdir(parents=True)
     target = load_target(target_folder)
-    digest = sha256_file(target_folder / "tokenizer.json")
+    digest = vocabulary_sha256(target_folder / "tokenizer.json")
     config = drafter_config_for(target.config, **({"tokenizer_sha256": digest} | changes))
     model = Drafter(config, target.embed_tokens.weight, target.lm_head.weight)
     randomise(model, seed=2)

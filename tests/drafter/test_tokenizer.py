@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from drafter.errors import UsageError
-from drafter.tokenizer import MAX_TEMPLATE_BYTES, ChatTokenizer
+from drafter.tokenizer import MAX_TEMPLATE_BYTES, ChatTokenizer, vocabulary_sha256
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=200)
 RELAXED = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -222,3 +222,15 @@ class TestDefaultTarget:
         tokenizer = ChatTokenizer.load(real_target_dir)
         pieces = [tokenizer.id_bytes(i) for i in tokenizer.encode("Steps:\n\n10. \u00bd")]
         assert pieces == [b"Steps", b":", b"\n\n", b"1", b"0", b".", b" ", b"\xc2\xbd"]
+
+
+def test_the_vocabulary_hash_ignores_how_the_file_is_written(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    raw = json.loads((tiny_llama_dir / "tokenizer.json").read_text(encoding="utf-8"))
+    (tmp_path / "same.json").write_text(json.dumps(raw, indent=3), encoding="utf-8")
+    raw["added_tokens"][0]["content"] = "<|other|>"
+    (tmp_path / "other.json").write_text(json.dumps(raw), encoding="utf-8")
+    wanted = vocabulary_sha256(tiny_llama_dir / "tokenizer.json")
+    assert vocabulary_sha256(tmp_path / "same.json") == wanted
+    assert vocabulary_sha256(tmp_path / "other.json") != wanted

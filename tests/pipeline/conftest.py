@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from drafter.artifact import sha256_file, write_artifact
+from drafter.artifact import write_artifact
 from drafter.checkpoint import load_target, save_drafter
 from drafter.config import drafter_config_for
 from drafter.families import read_target_config
 from drafter.start import start_drafter
+from drafter.tokenizer import vocabulary_sha256
 from tests.pipeline.command import Result, run_command
 
 PROMPTS = ("The target checks what", "def fibonacci(n: int)", "A tree of tokens is drafted")
@@ -31,7 +32,7 @@ def write_tiny_drafter(folder: Path, target_dir: Path) -> Path:
     config = drafter_config_for(
         read_target_config(target_dir),
         rescore=16,
-        tokenizer_sha256=sha256_file(target_dir / "tokenizer.json"),
+        tokenizer_sha256=vocabulary_sha256(target_dir / "tokenizer.json"),
     )
     with write_artifact(folder, "drafter", "tiny", {}, {}, {}) as out:
         save_drafter(start_drafter(config, target, head_init="random"), out)

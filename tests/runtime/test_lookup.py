@@ -1,4 +1,4 @@
-"""Guesses from the text so far: found by the longest match, learnt from, and lossless in the tree."""
+"""Guesses from the text so far: the longest match, learnt from, lossless in the tree."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_tree_with_a_guess_is_still_a_tree(
     budget: int,
     min_prob: float,
 ) -> None:
-    """Parents first, no twin siblings, scores that never rise; the oracle checks what is expanded."""
+    """Parents first, no twin siblings, scores that never rise; the oracle checks the rest."""
     oracle = Oracle(seed, (-0.1, -0.7, -1.5, -3.0))
     config = TreeConfig(depth, width, budget, min_prob, lookup=7)
     guess = Guess(tokens, [chance] * len(tokens))

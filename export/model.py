@@ -82,8 +82,8 @@ def check_pair(
     if needed not in (None, found):
         raise UsageError(
             f"The drafter in {drafter_folder} was trained with another tokenizer: the "
-            f"vocabulary of {path} has sha256 {found[:12]}..., the drafter needs {str(needed)[:12]}...; "
-            "train one for this target with `pipeline train`."
+            f"vocabulary of {path} has sha256 {found[:12]}..., the drafter needs "
+            f"{str(needed)[:12]}...; train one for this target with `pipeline train`."
         )
     if size > target.vocab_size:
         raise UsageError(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from drafter.eagle3 import Drafter
 from export.contract import drafter_contract
 from export.files import EMBEDDING, HEAD_ROWS
-from export.head import attach_function, head_node
+from export.head import attach_function, export_head
 from export.layers import OnnxAttention, OnnxMLP, Projection, frozen, gather_rows, rope_half_tables
 from export.trace import SIZES, rename_weight, trace
 
@@ -34,7 +34,7 @@ class DrafterGraph(nn.Module):
         self.self_attn = OnnxAttention(layer.self_attn)
         self.mlp = OnnxMLP(layer.mlp)
         self.norm = drafter.norm
-        self.head = head_node(drafter, rows)
+        self.head = export_head(drafter, rows)
         self.register_buffer("inverse", drafter.inverse)
         self.inverse: Tensor
 

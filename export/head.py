@@ -91,6 +91,9 @@ _RESCORED_END = """
     log_probs = Sub (best, lse)
     log_sum_exp = Squeeze (lse, last)
 """
+_GIVEN_SCORES = """
+    z = Cast <to: int = 1> (scores)
+"""
 _DENSE_SCORES = """
     h_flat = Flatten <axis: int = 2> (h)
     raw_flat = Gemm <transB: int = 1> (h_flat, weight)
@@ -150,8 +153,38 @@ class DenseNode(nn.Module):
         return _function("DenseHead", "k", "h, weight", body)
 
 
+class ScoresNode(nn.Module):
+    """`slimspec::TopKOfScores` over the scores of any other head, traced as they are."""
+
+    def __init__(self, head: nn.Module, k: int) -> None:
+        super().__init__()
+        self.scorer, self.k = head, k
+
+    def forward(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """h [B, R, H] -> log-probabilities and ids [B, R, K], log-sum-exp [B, R]."""
+        return _node("TopKOfScores", self.scorer.scores(h), [], {"k": self.k})  # type: ignore[operator]
+
+    def function(self) -> onnx.FunctionProto:
+        """The function body."""
+        body = _GIVEN_SCORES + _LOG_SUM_EXP + _TOP_K + _PLAIN_END
+        return _function("TopKOfScores", "k", "scores", body)
+
+
+def export_head(
+    drafter: Drafter, target_rows: nn.Parameter
+) -> LowRankNode | DenseNode | ScoresNode:
+    """The export-time form of a drafter's head; `target_rows` [V, H] are the target's own.
+
+    A head that has no form of its own here is exported through its `scores`.
+    """
+    try:
+        return head_node(drafter, target_rows)
+    except UsageError:
+        return ScoresNode(drafter.lm_head, drafter.config.top_k)
+
+
 def head_node(drafter: Drafter, target_rows: nn.Parameter) -> LowRankNode | DenseNode:
-    """The export-time form of a drafter's head. Raises UsageError for a head without one."""
+    """The form of a head that has one of its own. Raises UsageError for any other."""
     head, k = drafter.lm_head, drafter.config.top_k
     if isinstance(head, LowRankHead):
         return LowRankNode(head, target_rows, k)
@@ -159,7 +192,9 @@ def head_node(drafter: Drafter, target_rows: nn.Parameter) -> LowRankNode | Dens
         return DenseNode(frozen(head.weight), k)
     if isinstance(head, TargetHead):
         return DenseNode(target_rows, k)
-    raise UsageError(f"Head {drafter.config.head!r} has no graph form; add one in export/head.py.")
+    raise UsageError(
+        f"Head {drafter.config.head!r} has no node of its own; export/head.py has those that do."
+    )
 
 
 def attach_function(model: ir.Model, function: onnx.FunctionProto) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import onnx
 import onnx_ir as ir
@@ -12,15 +13,23 @@ import pytest
 import torch
 
 from drafter.checkpoint import load_drafter, load_target
+from drafter.heads.top_k import HeadOutput, top_k_of_scores
 from engines.cases import make_cases
-from engines.onnxruntime import open_exported
+from engines.onnxruntime import (
+    OnnxRuntimeEngine,
+    open_exported,
+    open_session,
+    session_options,
+)
 from engines.parity import EXACT, compare
 from engines.torch_backend import exported_drafter, exported_target, torch_engines
 from export.contract import CONTRACT_VERSION, GRAPHS, contracts
 from export.drafter import trace_drafter
 from export.files import EMBEDDING, HEAD_ROWS, WEIGHTS, check_metadata
+from export.onnx_files import WeightFile, save_graph
 from export.target import trace_target
 from tests.export.conftest import Exported
+from tests.tiny_drafter import tiny_drafter, tiny_target
 
 ONNX_TYPES = {"int64": "tensor(int64)", "float32": "tensor(float)", "bool": "tensor(bool)"}
 OTHER_SIZES = {"B": 4, "T": 7, "P": 3, "R": 6}
@@ -161,3 +170,38 @@ def test_only_the_wanted_rows_reach_the_last_mlp_and_the_head(exported: Exported
         after = order[order.index("GatherND") :]
         assert "Attention" not in after
         assert after.count("MatMul") == 3
+
+
+class HalvedHead(torch.nn.Module):
+    """A head that no exporter knows: two matrices over the halves of the state."""
+
+    def __init__(self, hidden: int, vocab: int) -> None:
+        super().__init__()
+        self.low = torch.nn.Linear(hidden // 2, vocab)
+        self.high = torch.nn.Linear(hidden // 2, vocab)
+
+    def scores(self, h: torch.Tensor) -> torch.Tensor:
+        low, high = h.chunk(2, dim=-1)
+        return torch.tanh(self.low(low)) + self.high(high)
+
+    def top_k(self, h: torch.Tensor, k: int) -> HeadOutput:
+        return top_k_of_scores(self.scores(h), k)
+
+
+def test_a_head_of_any_other_kind_is_exported_through_its_scores(tmp_path: Path) -> None:
+    target = tiny_target(num_layers=2)
+    drafter = tiny_drafter(target, head="dense")
+    drafter.lm_head = HalvedHead(target.config.hidden_size, target.config.vocab_size)
+    model = trace_drafter(drafter, target.lm_head.weight, tied=True, kind="step")
+    save_graph(model, tmp_path / "drafter_step.onnx", WeightFile(tmp_path / WEIGHTS))
+    contract = contracts(target.config, drafter.config)["drafter_step"]
+    engine = OnnxRuntimeEngine(
+        open_session(tmp_path / "drafter_step.onnx", session_options(1)), contract
+    )
+    reference = torch_engines(target, drafter)
+    cases = make_cases(reference, target.config, drafter.config, batches=(2,), prefixes=(4,))
+    steps = [case.feeds for case in cases if case.graph == "drafter_step"]
+    for feeds in steps:
+        expected = reference["drafter_step"].run(feeds)
+        assert all(c.ok for c in compare(contract, "step", expected, engine.run(feeds), EXACT))
+    assert len(steps) == 2

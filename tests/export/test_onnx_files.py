@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 import torch
 from hypothesis import given
@@ -30,8 +31,9 @@ def graph(*weights: np.ndarray) -> ir.Model:
     outputs = [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [None])]
     node = helper.make_node("Sum", ["x", *names], ["y"])
     tensors = [onnx.numpy_helper.from_array(w, n) for w, n in zip(weights, names, strict=True)]
+    imports = [helper.make_opsetid("", 23)]
     made = helper.make_graph([node], "sum", inputs, outputs, tensors)
-    return ir.from_proto(helper.make_model(made, opset_imports=[helper.make_opsetid("", 23)]))
+    return ir.from_proto(helper.make_model(made, opset_imports=imports, ir_version=10))
 
 
 def test_equal_content_is_written_once(tmp_path: Path) -> None:
@@ -89,3 +91,15 @@ def test_a_file_that_is_no_graph_is_refused(tmp_path: Path) -> None:
     path.write_text("not a graph")
     with pytest.raises(UsageError, match=r"text\.onnx is not a valid ONNX file"):
         check_graph(path)
+
+
+def test_a_weight_beyond_two_gigabytes_is_found(tmp_path: Path) -> None:
+    weights = WeightFile(tmp_path / WEIGHTS)
+    with weights.path.open("wb") as file:
+        file.truncate(2**31 + 12_345)  # a hole: it takes no space
+    values = np.arange(5000, dtype=np.float32)
+    save_graph(graph(values), tmp_path / "far.onnx", weights)
+    assert torch.equal(map_weights(tmp_path / "far.onnx")["w0"], torch.from_numpy(values))
+    session = ort.InferenceSession(tmp_path / "far.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"x": np.zeros(5000, dtype=np.float32)})
+    np.testing.assert_array_equal(found, values)

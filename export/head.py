@@ -55,8 +55,8 @@ _LOW_RANK_SCORES = """
     raw = MatMul (low, w_up)
     z = Cast <to: int = 1> (raw)
 """
-# The preview's top m, in id order so that ties below go to the lower id, get exact scores; the sum
-# of exponentials swaps their previewed terms for exact ones (`heads.low_rank.rescored_top_k`).
+# The preview's top m, in id order so that ties below go to the lower id, get exact scores; their
+# share of the whole vocabulary's mass is the preview's (`heads.low_rank.rescored_top_k`).
 _RESCORED_END = """
     m_scalar = Constant <value_int: int = @rescore> ()
     m_1d = Unsqueeze (m_scalar, zero)
@@ -71,21 +71,14 @@ _RESCORED_END = """
     previewed_shifted = Sub (previewed, z_max)
     previewed_exp = Exp (previewed_shifted)
     previewed_sum = ReduceSum <keepdims: int = 1> (previewed_exp, last)
-    rest = Sub (z_sum, previewed_sum)
-    floor_ratio = Constant <value_float: float = 1e-7> ()
-    floor = Mul (z_sum, floor_ratio)
-    rest_sum = Max (rest, floor)
+    tail = Div (z_sum, previewed_sum)
     exact_max = ReduceMax <keepdims: int = 1> (exact, last)
-    top = Max (z_max, exact_max)
-    rest_shift = Sub (z_max, top)
-    rest_scale = Exp (rest_shift)
-    rest_term = Mul (rest_sum, rest_scale)
-    exact_shifted = Sub (exact, top)
+    exact_shifted = Sub (exact, exact_max)
     exact_exp = Exp (exact_shifted)
-    exact_term = ReduceSum <keepdims: int = 1> (exact_exp, last)
-    total = Add (rest_term, exact_term)
+    exact_sum = ReduceSum <keepdims: int = 1> (exact_exp, last)
+    total = Mul (exact_sum, tail)
     total_log = Log (total)
-    lse = Add (top, total_log)
+    lse = Add (exact_max, total_log)
     best, places = TopK (exact, k_1d)
     ids = GatherElements <axis: int = -1> (sorted_ids, places)
     log_probs = Sub (best, lse)

@@ -14,7 +14,7 @@ is what lets verification treat every node as a point mass and stay lossless.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -202,9 +202,13 @@ class _Pool:
             self.bar = sorted(self.scores, reverse=True)[self._config.budget - 1]
         return new
 
-    def frontier(self, level: range) -> list[int]:
-        """The nodes of `level` worth expanding: its best `width` above the bar, best first."""
-        return [n for n in self._best(level, self._config.width) if self.scores[n] > self.bar]
+    def frontier(self, level: range, fed: Container[int]) -> list[int]:
+        """The nodes of `level` worth expanding: its best `width` above the bar, best first.
+
+        Only a child of a node that was `fed` can be: the drafter has no state of other parents.
+        """
+        open_ = [n for n in level if self.parents[n] in fed and self.scores[n] > self.bar]
+        return self._best(open_, self._config.width)
 
     def selected(self, root: int) -> DraftTree:
         """The best `budget` candidates under the root, in flat order."""
@@ -218,7 +222,7 @@ class _Pool:
             scores=[0.0] + [self.scores[flat] for flat in kept],
         )
 
-    def _best(self, candidates: range, count: int) -> list[int]:
+    def _best(self, candidates: Sequence[int], count: int) -> list[int]:
         """The `count` best by score. Python's sort is stable, reversed too: ties keep order."""
         return sorted(candidates, key=self.scores.__getitem__, reverse=True)[:count]
 
@@ -296,7 +300,7 @@ def grow(
     seen: dict[int, tuple[int, ...]] = {-1: ()}  # flat index -> cache rows that its children attend
     fed = 0
     for depth in range(1, config.depth):
-        nodes = pool.frontier(level)
+        nodes = pool.frontier(level, place)
         if not nodes:
             break
         parents = [pool.parents[node] for node in nodes]

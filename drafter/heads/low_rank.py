@@ -59,30 +59,20 @@ class LowRankHead(nn.Module):
 
 
 def rescored_top_k(h: Tensor, preview: Tensor, target_rows: Tensor, m: int, k: int) -> HeadOutput:
-    """Exact scores for the preview's top m, the preview's for the rest; top-k among the m.
+    """Exact scores for the preview's top m; top-k among them.
 
-    h [..., H], preview [..., V] float32, target_rows [V, H]. The log-sum-exp swaps the m previewed
-    terms for
-    exact ones: log(exp(lse(z)) - sum_m exp(z) + sum_m exp(exact)).
+    h [..., H], preview [..., V] float32, target_rows [V, H]. The preview is trained as a law, so
+    its scores and the exact ones differ by an unknown offset. What carries over is the share of the
+    m candidates in the whole mass: log-sum-exp = lse(exact_m) + lse(preview) - lse(preview_m).
     """
     values, ids = preview.topk(m, dim=-1)  # [..., M]
     ids, order = ids.sort(dim=-1)  # ties go to the lower id below
     values = values.gather(-1, order)
     exact = torch.einsum("...h,...mh->...m", h.float(), target_rows[ids].float())  # [..., M]
-    rest = log_difference(
-        torch.logsumexp(preview, dim=-1), torch.logsumexp(values, dim=-1)
-    )  # [...]
-    log_sum_exp = torch.logaddexp(rest, torch.logsumexp(exact, dim=-1))  # [...]
+    share = torch.logsumexp(preview, dim=-1) - torch.logsumexp(values, dim=-1)  # [...]
+    log_sum_exp = torch.logsumexp(exact, dim=-1) + share  # [...]
     best, places = largest(exact, k)  # [..., K]
     return HeadOutput(best - log_sum_exp[..., None], ids.gather(-1, places), log_sum_exp)
-
-
-def log_difference(whole: Tensor, part: Tensor) -> Tensor:
-    """log(exp(whole) - exp(part)) for part <= whole; a rounding-sized remainder is floored at
-    exp(whole) * 1e-7.
-    """
-    remainder = -torch.expm1((part - whole).clamp(max=0.0))
-    return whole + remainder.clamp(min=1e-7).log()
 
 
 def activation_pca(states: Tensor, rank: int) -> Tensor:

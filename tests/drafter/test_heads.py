@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from drafter.config import drafter_config_for
 from drafter.errors import UsageError
 from drafter.heads import build_head
-from drafter.heads.low_rank import LowRankHead, activation_pca, initialise, log_difference
+from drafter.heads.low_rank import LowRankHead, activation_pca, initialise, rescored_top_k
 from drafter.heads.top_k import top_k_of_scores
 from tests.tiny_drafter import VOCAB, tiny_target
 
@@ -61,20 +61,28 @@ def test_rescoring_every_candidate_is_the_dense_head() -> None:
 
 
 @torch.no_grad()
-def test_rescoring_mixes_exact_and_previewed_scores() -> None:
-    """By the definition: exact scores for the preview's top m, the preview's for all others."""
+def test_rescored_candidates_keep_the_previews_share_of_the_mass() -> None:
+    """By the definition: the law within the m is exact, their total is what the preview says."""
     head = low_rank(rank=8, rescore=10)
     initialise(head, "activation-pca", ROWS, states())
     h = states(9, seed=3)
-    mixed = head.preview(h)
-    chosen = mixed.topk(10, dim=-1).indices
-    mixed = mixed.scatter(-1, chosen, (h @ ROWS.T).gather(-1, chosen))
+    preview = head.preview(h).softmax(-1)
+    share, chosen = preview.topk(10, dim=-1)
+    law = (h @ ROWS.T).gather(-1, chosen).softmax(-1) * share.sum(-1, keepdim=True)
+    best, places = law.topk(6, dim=-1)
     got = head.top_k(h, 6)
-    torch.testing.assert_close(got.log_sum_exp, mixed.logsumexp(-1), atol=1e-4, rtol=1e-4)
-    law = torch.log_softmax(mixed, -1)
-    torch.testing.assert_close(got.logprobs, law.gather(-1, got.ids), atol=1e-4, rtol=1e-4)
-    best = mixed.gather(-1, chosen).topk(6).values - mixed.logsumexp(-1, keepdim=True)
-    torch.testing.assert_close(got.logprobs, best, atol=1e-4, rtol=1e-4)
+    assert torch.equal(got.ids, chosen.gather(-1, places))
+    torch.testing.assert_close(got.logprobs.exp(), best, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_an_offset_of_the_preview_changes_nothing() -> None:
+    h = states(5, seed=4)
+    preview = h[:, :8] @ ROWS.T[:8]
+    plain = rescored_top_k(h, preview, ROWS, 12, 6)
+    shifted = rescored_top_k(h, preview - 9.0, ROWS, 12, 6)
+    assert torch.equal(plain.ids, shifted.ids)
+    torch.testing.assert_close(plain.logprobs, shifted.logprobs, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -91,13 +99,6 @@ def test_equal_scores_come_in_order_of_their_ids(values: list[float], k: int) ->
     got = top_k_of_scores(torch.tensor([values]), k)
     pairs = list(zip((-got.logprobs[0]).tolist(), got.ids[0].tolist(), strict=True))
     assert pairs == sorted(pairs)
-
-
-def test_a_rounding_sized_remainder_stays_finite() -> None:
-    whole = torch.tensor([0.0, 0.0])
-    assert torch.isfinite(log_difference(whole, torch.tensor([0.0, 1e-6]))).all()
-    half = log_difference(torch.tensor(0.0), torch.tensor(0.5).log())
-    torch.testing.assert_close(half, torch.tensor(0.5).log())
 
 
 def test_unknown_heads_and_starts_are_refused() -> None:

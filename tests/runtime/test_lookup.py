@@ -13,7 +13,7 @@ from runtime.decode import Request, decode
 from runtime.lookup import NO_GUESS, PRIOR, Guess, SuffixLookup
 from runtime.sampling import GREEDY, SamplingConfig, SeededDice
 from runtime.stats import Tally
-from runtime.tree import TreeConfig, grow
+from runtime.tree import Frontier, Proposals, TreeConfig, grow
 from tests.runtime.outcomes import law_of
 from tests.runtime.test_decode import MODELS, PROMPT, ModelKey, naive_greedy, run, tokens_of
 from tests.runtime.test_tree import ROOT, Oracle
@@ -71,7 +71,7 @@ def test_an_empty_or_fresh_text_gives_no_guess() -> None:
 @given(
     seed=st.integers(0, 500),
     tokens=st.lists(st.integers(0, 19), min_size=1, max_size=7),
-    chance=st.sampled_from([-0.01, -0.7, -2.0]),
+    chances=st.lists(st.sampled_from([-0.01, -0.3, -0.7, -1.6, -2.0]), min_size=7, max_size=7),
     width=st.integers(1, 4),
     depth=st.integers(1, 4),
     budget=st.integers(1, 12),
@@ -81,7 +81,7 @@ def test_an_empty_or_fresh_text_gives_no_guess() -> None:
 def test_a_tree_with_a_guess_is_still_a_tree(
     seed: int,
     tokens: list[int],
-    chance: float,
+    chances: list[float],
     width: int,
     depth: int,
     budget: int,
@@ -90,7 +90,7 @@ def test_a_tree_with_a_guess_is_still_a_tree(
     """Parents first, no twin siblings, scores that never rise; the oracle checks the rest."""
     oracle = Oracle(seed, (-0.1, -0.7, -1.5, -3.0))
     config = TreeConfig(depth, width, budget, min_prob, lookup=7)
-    guess = Guess(tokens, [chance] * len(tokens))
+    guess = Guess(tokens, chances[: len(tokens)])
     tree = grow(ROOT, oracle.first(), oracle.expand, config, guess)
     assert len(oracle.calls) <= depth - 1
     assert 1 <= len(tree) <= budget + 1
@@ -101,6 +101,23 @@ def test_a_tree_with_a_guess_is_still_a_tree(
         assert 0 <= parent < node
         assert tree.depths[node] == tree.depths[parent] + 1
         assert tree.scores[node] <= tree.scores[parent]
+
+
+def test_a_guess_under_a_node_that_was_not_expanded_is_not_expanded_either() -> None:
+    """Its parent has no state in the drafter, however likely the guess has become."""
+    log = math.log
+    flat = [log(0.2), log(0.1), log(0.1), log(0.1)]
+
+    def expand(frontier: Frontier) -> Proposals:
+        row = [log(p) for p in (0.5, 0.45, 0.02, 0.01)] if frontier.depth == 1 else flat
+        count = len(frontier.tokens)
+        return Proposals([[20, 21, 22, 23]] * count, [row] * count)
+
+    first = Proposals([[10, 11, 12, 13]], [[log(0.3), log(0.3), log(0.2), log(0.2)]])
+    guess = Guess([10, 50, 51, 52], [log(0.2), log(0.44), log(0.8), log(0.8)])
+    tree = grow(1, first, expand, TreeConfig(4, 4, 16, 0.03, 8), guess)
+    paths = [[tree.tokens[n] for n in path] for path in tree.leaf_paths()]
+    assert [10, 50, 51, 52] in paths
 
 
 def test_a_sure_guess_is_drafted_whole_below_the_drafters_depth() -> None:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -30,6 +31,7 @@ from drafter.errors import MissingError, UsageError
 SCHEMA = 1
 MANIFEST = "manifest.json"
 Verify = Literal[True, False, "size"]
+_OUR_BEGINNING = re.compile(rb'\s*\{\s*"schema":\s*\d+,\s*"kind":\s*"([a-z]+)"')
 _CHUNK = 1 << 20
 
 
@@ -98,8 +100,8 @@ def write_artifact(
     """Yield a temporary sibling of `folder` to fill; on leaving it becomes `folder`.
 
     `data` is read on leaving, so the body may still add to it. `needed_bytes` is checked against
-    the free space first. An existing artifact of the same kind is replaced; any other non-empty
-    folder is refused (`UsageError`). A full disk is a `MissingError`. On any exception, Ctrl-C
+    the free space first. An existing artifact of the same kind is replaced, damaged or
+    not; any other non-empty folder is refused (`UsageError`). A full disk is a `MissingError`. On any exception, Ctrl-C
     included, nothing is left behind.
     """
     destination = Path(folder).resolve()
@@ -271,19 +273,30 @@ def _refuse_foreign(destination: Path, kind: str) -> None:
     # The destination will be replaced: never do that to a folder which is not ours.
     if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
         return
-    try:
-        content = json.loads((destination / MANIFEST).read_text(encoding="utf-8"))
-        found = content.get("kind") if isinstance(content, dict) else None
-    except OSError:
-        found = None
-    except ValueError:
-        return  # our own manifest, damaged: writing anew mends it
+    found = _kind_of(destination)
     if found != kind:
         what = "no artifact" if found is None else f"an artifact of kind '{found}'"
         raise UsageError(
             f"{destination} exists and holds {what}, not one of kind '{kind}'; "
-            "choose another folder or remove it"
+            "remove it or choose another --out"
         )
+
+
+def _kind_of(folder: Path) -> str | None:
+    """The kind of the artifact in `folder`, None for what was not written by this module.
+
+    A damaged manifest still says it where it begins as ours do.
+    """
+    try:
+        text = (folder / MANIFEST).read_bytes()
+        content = json.loads(text)
+    except OSError:
+        return None
+    except ValueError:
+        begins = _OUR_BEGINNING.match(text)
+        return begins[1].decode() if begins else None
+    ours = isinstance(content, dict) and "schema" in content and "kind" in content
+    return str(content["kind"]) if ours else None
 
 
 def _record_files(folder: Path) -> dict[str, FileRecord]:

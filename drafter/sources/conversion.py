@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from drafter.artifact import MANIFEST, Verify, read_artifact, write_artifact
+from drafter.artifact import Verify, read_artifact, write_artifact
 from drafter.cache import locked
 from drafter.errors import UsageError
 from drafter.sources.folder import TargetFolder, check_folder, folder_fingerprint
@@ -69,8 +69,7 @@ def _is_ready(conversion: Conversion, verify: Verify, mend: bool) -> bool:
     except UsageError:
         if not mend:
             raise
-        if not (folder / MANIFEST).exists():  # would be taken for a folder of someone else's
-            shutil.rmtree(folder)
+        shutil.rmtree(folder)  # the cache is ours, even where the manifest no longer says so
         return False
     return manifest.inputs == conversion.inputs and manifest.arguments == conversion.arguments
 

@@ -169,9 +169,31 @@ def test_a_folder_of_something_else_is_never_replaced(tmp_path: Path) -> None:
 
 def test_a_damaged_artifact_of_ours_is_mended_by_writing_it_again(tmp_path: Path) -> None:
     write(tmp_path / "out")
-    (tmp_path / "out" / MANIFEST).write_text('{"schema": 1, "kind": "gra')
+    written = (tmp_path / "out" / MANIFEST).read_text()
+    (tmp_path / "out" / MANIFEST).write_text(written[: len(written) // 2])
     write(tmp_path / "out")
     read_artifact(tmp_path / "out", "graphs")
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        b"{ // of a web page\n}",
+        b'{"name": "My site", "icons": [],}',
+        b"\xff\xfe",
+        b"",
+        b'{"kind": "graphs"}',
+        b'{"schema": 1, "kind": "engine", ',
+    ],
+)
+def test_a_manifest_of_somebody_else_is_not_taken_for_a_damaged_one(
+    tmp_path: Path, manifest: bytes
+) -> None:
+    (tmp_path / MANIFEST).write_bytes(manifest)
+    (tmp_path / "index.html").write_text("my site")
+    with pytest.raises(UsageError, match="remove it or choose another --out"):
+        write(tmp_path)
+    assert (tmp_path / "index.html").read_text() == "my site"
 
 
 TAMPERINGS = {

@@ -116,7 +116,7 @@ class Generator:
         """Open an engine folder. Raises UsageError or MissingError, as `open_engines` does."""
         from engines import open_engines  # with the backends, which only this needs
 
-        engines = open_engines(Path(engine_dir), threads=threads)
+        engines = open_engines(Path(engine_dir), threads=threads, verify=True)
         manifest = engines.manifest
         context = manifest.max_context
         return cls(

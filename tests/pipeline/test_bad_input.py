@@ -171,6 +171,7 @@ def test_building_again_mends_a_damaged_engine(
     ("file", "damage", "words"),
     [
         ("weights.bin", truncate, ("weights.bin", "bytes")),
+        ("weights.bin", flip_last_byte, ("weights.bin", "sha256")),
         ("target.onnx", truncate, ("target.onnx",)),
         ("manifest.json", truncate, ("manifest.json",)),
         ("tokenizer.json", Path.unlink, ("tokenizer.json", "missing")),

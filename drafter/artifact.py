@@ -100,9 +100,9 @@ def write_artifact(
     """Yield a temporary sibling of `folder` to fill; on leaving it becomes `folder`.
 
     `data` is read on leaving, so the body may still add to it. `needed_bytes` is checked against
-    the free space first. An existing artifact of the same kind is replaced, damaged or
-    not; any other non-empty folder is refused (`UsageError`). A full disk is a `MissingError`. On any exception, Ctrl-C
-    included, nothing is left behind.
+    the free space first. An existing artifact of the same kind is replaced, damaged or not; any
+    other non-empty folder is refused (`UsageError`). A full disk is a `MissingError`. On any
+    exception, Ctrl-C included, nothing is left behind.
     """
     destination = Path(folder).resolve()
     _refuse_foreign(destination, kind)

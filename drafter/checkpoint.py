@@ -18,13 +18,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from drafter.config import DrafterConfig, TargetConfig, read_drafter_config, read_json
+from drafter.config import DrafterConfig, TargetConfig, read_drafter_config
 from drafter.decoder import TargetDecoder
 from drafter.eagle3 import Drafter
 from drafter.errors import UsageError
 from drafter.families import read_target_config
-
-WEIGHTS = "model.safetensors"
+from drafter.sources.folder import WEIGHTS
+from drafter.sources.folder import weight_files as weight_files  # noqa: PLC0414 - part of this module
 
 
 def load_target(
@@ -80,16 +80,6 @@ def read_tensors(folder: Path, dtype: torch.dtype | None = None) -> Iterator[tup
                 f"{path} cannot be read as safetensors ({error}); it is truncated or damaged: "
                 "fetch or write it again."
             ) from None
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder, by its index when it is sharded. Raises UsageError."""
-    index = folder / f"{WEIGHTS}.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else [WEIGHTS]
-    for name in names:
-        if Path(name).name != name or not (folder / name).exists():
-            raise UsageError(f"{folder} has no {name}; SlimSpec reads safetensors weights only.")
-    return [folder / name for name in names]
 
 
 def fill(

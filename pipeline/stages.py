@@ -7,6 +7,7 @@ half-written when it is stopped, so the same command goes on where it was.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from drafter.artifact import MANIFEST, Manifest, fingerprint, read_artifact
 from drafter.errors import MissingError, UsageError
-from drafter.sources import BUILTIN_TARGETS, TargetFolder, resolve_target
+from drafter.sources import TargetFolder, resolve_target
 from pipeline.config import BuildOptions
 from pipeline.progress import note, progress
 from pipeline.reports import ArtifactReport
@@ -65,13 +66,14 @@ def pretrained_folder() -> Path:
 
 def find_drafter(target: TargetFolder, chosen: str | None) -> Path:
     """The drafter folder: the one chosen (a folder or the name of one that comes with this
-    package), else the target's own there, else the one `pipeline train` made for it.
+    package), else for a built-in target its own there, else the one `pipeline train` made for it.
 
     Raises UsageError for a wrong choice or a damaged drafter, MissingError where there is none.
     """
     if chosen is not None:
         return _checked(_chosen_drafter(chosen))
-    for folder in (pretrained_folder() / target.name, target_workspace(target) / "drafter"):
+    own = [pretrained_folder() / target.name] if target.builtin else []
+    for folder in (*own, target_workspace(target) / "drafter"):
         if folder.is_dir():
             return _checked(folder)
     known = ", ".join(pretrained_names()) or "none"
@@ -88,12 +90,12 @@ def pretrained_names() -> list[str]:
 
 
 def _argument(target: TargetFolder) -> str:
-    return target.name if target.name in BUILTIN_TARGETS else str(target.path)
+    return target.name if target.builtin else str(target.path)
 
 
 def _chosen_drafter(chosen: str) -> Path:
-    folder = Path(chosen).expanduser()
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(chosen))
+    if os.path.isdir(folder):
         return folder.resolve()
     if chosen in pretrained_names():
         return pretrained_folder() / chosen

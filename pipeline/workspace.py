@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from drafter.artifact import atomic_write_json
 from drafter.cache import locked, workspace_folder
 from drafter.errors import MissingError, UsageError
-from drafter.sources import BUILTIN_TARGETS, TargetFolder
+from drafter.sources import TargetFolder
 
 _FILE = "built.json"
 
@@ -48,7 +48,7 @@ class _Built(BaseModel):
 def target_workspace(target: TargetFolder) -> Path:
     """The folder of everything made for one target; two targets of one name do not share it."""
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", target.name).strip("-.") or "target"
-    name = plain if target.name in BUILTIN_TARGETS else f"{plain}-{target.fingerprint[:8]}"
+    name = plain if target.builtin else f"{plain}-{target.fingerprint[:8]}"
     return workspace_folder() / name
 
 

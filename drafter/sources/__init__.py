@@ -6,7 +6,9 @@ and GGUF files are converted once and kept in the cache.
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from drafter.artifact import Verify, sha256_file
@@ -48,15 +50,15 @@ def resolve_target(
     bad name or file, MissingError for what cannot be downloaded.
     """
     offline = is_offline(offline)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     with progress_bars() if progress is None else nullcontext(progress) as report:
         if name in BUILTIN_TARGETS:
             return _builtin(BUILTIN_TARGETS[name], offline, report, verify, mend)
-        if path.is_dir():
+        if os.path.isdir(path):  # unlike `Path.is_dir`, no error for a name that is too long
             return local_target(path.resolve(), path.resolve().name, str(path))
-        if path.is_file() and path.suffix == ".gguf":
+        if os.path.isfile(path) and path.suffix == ".gguf":
             return _gguf_file(path.resolve(), report, verify, mend)
-    if path.exists():
+    if os.path.exists(path):
         raise UsageError(f"target {name} is neither a folder nor a .gguf file")
     return _from_hub(name, offline)
 
@@ -77,7 +79,7 @@ def _builtin(
     )
     found = converted(conversion, report, verify, mend)
     remove_downloads(target)
-    return found
+    return replace(found, builtin=True)
 
 
 def _gguf_file(path: Path, report: Report, verify: Verify, mend: bool) -> TargetFolder:

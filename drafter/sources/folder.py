@@ -33,12 +33,16 @@ _ONLY = "weights are read from safetensors files only"
 
 @dataclass(frozen=True)
 class TargetFolder:
-    """A target ready to open. `fingerprint` covers the contents of its files, not their place."""
+    """A target ready to open. `fingerprint` covers the contents of its files, not their place.
+
+    `builtin`: one of `BUILTIN_TARGETS` itself, not just a folder of the same name.
+    """
 
     path: Path
     name: str
     fingerprint: str
     source: str
+    builtin: bool = False
 
 
 def check_folder(path: Path, source: str) -> list[str]:

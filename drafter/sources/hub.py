@@ -15,11 +15,12 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
-from drafter.errors import MissingError
+from drafter.errors import MissingError, UsageError
 from drafter.sources.folder import TargetFolder, local_target
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
@@ -28,7 +29,10 @@ _UNWANTED = ["*/*", "consolidated*"]
 
 
 def hub_target(name: str, *, offline: bool) -> TargetFolder:
-    """Fetch `org/name` or `org/name@revision`. Raises MissingError where it cannot be had."""
+    """Fetch `org/name` or `org/name@revision`.
+
+    Raises UsageError for a bad name, MissingError where it cannot be had.
+    """
     repository, _, revision = name.partition("@")
     try:
         path = snapshot_download(
@@ -38,6 +42,8 @@ def hub_target(name: str, *, offline: bool) -> TargetFolder:
             ignore_patterns=_UNWANTED,
             local_files_only=offline or os.environ.get("HF_HUB_OFFLINE") == "1",
         )
+    except HFValidationError as error:
+        raise UsageError(f"target {name:.120} is no Hugging Face id: {error}") from None
     except GatedRepoError:
         raise MissingError(
             f"target {name} is gated: accept its terms on the hub and run `hf auth login`"

@@ -8,6 +8,7 @@ import pytest
 
 from drafter.errors import MissingError, UsageError
 from drafter.sources import TargetFolder
+from pipeline.stages import find_drafter, pretrained_folder
 from pipeline.workspace import (
     last_engine,
     last_export,
@@ -64,6 +65,19 @@ def test_two_targets_of_one_name_do_not_share_a_folder(cache: Path) -> None:
     one = TargetFolder(Path("/a/llama"), "llama", "11111111aa", "/a/llama")
     other = TargetFolder(Path("/b/llama"), "llama", "22222222bb", "/b/llama")
     assert target_workspace(one) != target_workspace(other)
+
+
+def test_only_the_built_in_target_itself_has_the_plain_name_and_the_packaged_drafter(
+    cache: Path,
+) -> None:
+    """A fine-tune in a folder of the same name is another target."""
+    real = TargetFolder(Path("/t"), "smollm2-135m", "11111111aa", "wheel", builtin=True)
+    tuned = TargetFolder(Path("/u/smollm2-135m"), "smollm2-135m", "22222222bb", "/u/smollm2-135m")
+    assert target_workspace(real) == cache / "workspace" / "smollm2-135m"
+    assert target_workspace(tuned) == cache / "workspace" / "smollm2-135m-22222222"
+    assert find_drafter(real, None) == pretrained_folder() / "smollm2-135m"
+    with pytest.raises(MissingError, match="pipeline train --target /u/smollm2-135m"):
+        find_drafter(tuned, None)
 
 
 @pytest.mark.parametrize("name", ["org/model", "../up", "a b", "..", ""])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,6 +51,9 @@ def check_writable(path: Path) -> None:
     existing = next(p for p in (parent, *parent.parents) if p.exists())
     if not existing.is_dir():
         raise UsageError(f"{path} cannot be written: {existing} is not a folder.")
+    place = path if path.exists() and not path.is_file() else existing  # a device or pipe, as it is
+    if not os.access(place, os.W_OK, effective_ids=True):
+        raise UsageError(f"{path} cannot be written: you may not write to {place}.")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -5,9 +5,10 @@ These are a promise to programs: keys are never renamed or removed within one `s
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_serializer
 
 SCHEMA = 1
 
@@ -40,6 +41,11 @@ class ParityRow(_Report):
     max_rel: float
     topk_agreement: float | None
     ok: bool
+
+    @field_serializer("max_abs", "max_rel", "topk_agreement", when_used="json")
+    def _null_unless_finite(self, value: float | None) -> float | None:
+        # JSON has no NaN, and a graph that yields one must still be reported
+        return value if value is not None and math.isfinite(value) else None
 
 
 class CheckRow(ParityRow):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import tempfile
 import threading
 from pathlib import Path
 
@@ -12,6 +13,39 @@ import pytest
 
 from drafter.errors import MissingError, UsageError
 from pipeline.output import check_writable, write_json, write_lines
+from pipeline.reports import CheckRow, ParityReport
+
+
+def test_a_parity_error_that_is_no_number_is_null(tmp_path: Path) -> None:
+    row = CheckRow(
+        graph="target",
+        tensor="logits",
+        max_abs=float("nan"),
+        max_rel=float("inf"),
+        topk_agreement=0.5,
+        ok=False,
+        case="tree",
+        against="engine",
+    )
+    report = ParityReport(engine="e", ok=False, first_divergence="logits", parity=[row])
+    write_json(tmp_path / "report.json", report.to_json())
+    (found,) = json.loads((tmp_path / "report.json").read_text())["parity"]
+    assert (found["max_abs"], found["max_rel"], found["topk_agreement"]) == (None, None, 0.5)
+
+
+def test_a_folder_without_write_permission_is_refused_early() -> None:
+    """As another user where this one is root, whom no permission stops."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o555)
+        user = os.geteuid()
+        os.seteuid(65534 if user == 0 else user)
+        try:
+            with pytest.raises(UsageError, match="you may not write to"):
+                check_writable(folder / "new" / "report.json")
+        finally:
+            os.seteuid(user)
+            folder.chmod(0o755)
 
 
 def test_a_file_is_written_whole_into_a_folder_that_is_made(tmp_path: Path) -> None:

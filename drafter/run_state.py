@@ -9,6 +9,7 @@ between the two renames is noticed rather than resumed from.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -37,6 +38,8 @@ def save_state(
     name = TENSORS.format(step=step)
     partial = run / f"{name}.partial"
     save_file(tensors, partial)
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())  # or a power cut could leave the new name with old blocks
     partial.rename(run / name)
     atomic_write_json(
         run / STATE,

@@ -1,8 +1,8 @@
 """Train a drafter from captured documents: training-time test, AdamW, cosine schedule, clipped
 gradients.
 
-A run lives in one folder: `state.safetensors` + `state.json` (everything needed to go on to the
-bit), `log.jsonl`
+A run lives in one folder: `state-{step}.safetensors` + `state.json` (everything needed to go on to
+the bit), `log.jsonl`
 (one line a logged step) and, at the end, the drafter checkpoint. Killing it loses at most the
 minutes since the last
 state. Data order and sampled vocabulary rows are pure functions of (seed, step), so a resumed run
@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic_core import PydanticCustomError
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -48,11 +49,19 @@ class TrainConfig(BaseModel):
     clip: float = Field(0.5, gt=0)
     draft_steps: int = Field(4, gt=0)
     decay: float = Field(0.8, gt=0, le=1)
-    loss: Literal["kl", "lk_hybrid"] = "kl"
+    loss: str = "kl"
     sampled_rows: int = Field(1024, ge=0)
     precision: Literal["fp32", "bf16"] = "bf16"
     seed: int = 0
     checkpoint_minutes: float = Field(5.0, gt=0)
+
+    @field_validator("loss")
+    @classmethod
+    def _registered(cls, name: str) -> str:
+        if name not in LOSSES:
+            known = " or ".join(repr(loss) for loss in LOSSES)
+            raise PydanticCustomError("loss", "Input should be {known}", {"known": known})
+        return name
 
 
 class StepReport(BaseModel):
@@ -145,7 +154,8 @@ def train_step(
     loss, alphas = batch_loss(drafter, batch, config, step)
     if not torch.isfinite(loss):
         raise UsageError(
-            f"The loss is {loss.item()} at step {step}; lower --learning-rate and resume."
+            f"The loss is {loss.item()} at step {step}; train again with a lower --learning-rate "
+            "and a new --run folder."
         )
     loss.backward()  # type: ignore[no-untyped-call]
     norm = torch.nn.utils.clip_grad_norm_(drafter.parameters(), config.clip)

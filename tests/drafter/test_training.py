@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from drafter.acceptance import expected_tau, measure_acceptance
 from drafter.batches import collate, epoch_order, supervised_positions
 from drafter.errors import UsageError
+from drafter.losses import LOSSES
 from drafter.start import start_drafter
 from drafter.training import StepReport, TrainConfig, learning_rate, read_log, train
 from tests.tiny_drafter import VOCAB, tiny_captured, tiny_drafter, tiny_target
@@ -179,6 +180,37 @@ def test_a_damaged_state_is_not_resumed(tmp_path: Path) -> None:
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-1])
     with pytest.raises(UsageError, match="missing or damaged"):
         train(tiny_drafter(TARGET), DOCUMENTS, config, tmp_path)
+
+
+def test_the_state_is_on_disk_before_it_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[str] = []
+    real = os.fsync
+
+    def fsync(handle: int) -> None:
+        flushed.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    train(tiny_drafter(TARGET), DOCUMENTS, TrainConfig(**FAST, epochs=1), tmp_path, stop_after=1)
+    assert flushed[0] == "state-1.safetensors.partial"
+    assert len(flushed) == 2  # and state.json
+
+
+def test_a_loss_that_is_not_finite_says_what_can_be_done(tmp_path: Path) -> None:
+    drafter = tiny_drafter(TARGET)
+    with torch.no_grad():
+        next(drafter.parameters()).fill_(float("nan"))
+    with pytest.raises(UsageError, match="lower --learning-rate and a new --run folder"):
+        train(drafter, DOCUMENTS, TrainConfig(**FAST, epochs=1), tmp_path)
+
+
+def test_every_registered_loss_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LOSSES, "another", LOSSES["kl"])
+    assert TrainConfig(loss="another").loss == "another"
+    with pytest.raises(ValueError, match="should be 'kl' or 'lk_hybrid' or 'another'"):
+        TrainConfig(loss="mse")
 
 
 def test_unknown_options_are_refused() -> None:

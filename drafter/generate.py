@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -29,7 +29,7 @@ class GenerateConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     max_new_tokens: int = Field(240, gt=0)
-    temperatures: tuple[float, ...] = (0.0, 0.6, 1.0)
+    temperatures: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = (0.0, 0.6, 1.0)
     batch: int = Field(32, gt=0)
     seed: int = 0
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -98,7 +98,7 @@ class CorpusOptions(_Options):
     prompts: Path | None = None
     count: int = Field(2000, ge=1)
     max_tokens: int = Field(240, ge=1)
-    temperatures: tuple[float, ...] = (0.0, 0.6, 1.0)
+    temperatures: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = (0.0, 0.6, 1.0)
     batch: int = Field(32, ge=1)
     seed: int = Field(0, ge=0)
     out: Path | None = None

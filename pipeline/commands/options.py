@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -118,6 +119,6 @@ def prompts(given: str | None) -> tuple[int | None, Path | None]:
     """`--prompts` is a number or a file."""
     if given is None:
         return None, None
-    if given.lstrip("+-").isdecimal():
+    if re.fullmatch(r"[+-]?\d{1,18}", given):
         return int(given), None
     return None, Path(given)

@@ -253,6 +253,12 @@ def test_standard_input_that_is_not_utf8_is_refused(built_cache: Path) -> None:
         (["train", "--taps=1,x"], 2, ("--taps", "1,x")),
         (["corpus", "--temperatures=hot"], 2, ("--temperatures", "hot")),
         (["serve", "--port=99999"], 2, ("port",)),
+        (["fetch", "--offline", "--target=a--b/c"], 2, ("a--b/c", "Hugging Face id")),
+        (["fetch", f"--target={'x' * 300}"], 2, ("is not known",)),
+        (["fetch", f"--target={'x' * 300}.gguf"], 2, ("does not exist",)),
+        (["corpus", "--temperatures=0,nan"], 2, ("--temperatures", "nan", "finite")),
+        (["corpus", "--temperatures=-1"], 2, ("--temperatures", "-1", "0")),
+        (["run", "--prompts=+-5"], 2, ("+-5",)),
     ],
 )
 def test_commands_refuse(

@@ -45,6 +45,15 @@ def flip_last_byte(path: Path) -> None:
     path.write_bytes(bytes(data))
 
 
+def swap_tokens(path: Path) -> None:
+    """Give the ids of two tokens to each other: another vocabulary of the same size."""
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    one, other = list(vocabulary)[-2:]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    path.write_text(json.dumps(content))
+
+
 def bare_drafter(drafter: Path, **changes: object) -> None:
     """Turn the artifact into a plain checkpoint folder, without hashes, and edit its config."""
     (drafter / "manifest.json").unlink()
@@ -83,7 +92,7 @@ EXPORT_MISTAKES: dict[str, tuple[Damage, tuple[str, ...]]] = {
         ("shape", "48"),
     ),
     "another tokenizer": (
-        lambda target, _: edit_json(target / "tokenizer.json", version="1.1"),
+        lambda target, _: swap_tokens(target / "tokenizer.json"),
         ("tokenizer", "sha256"),
     ),
     "another vocabulary": (

@@ -29,8 +29,8 @@ INT8_GRAPHS: dict[str, tuple[GraphName, ...]] = {
 DEFAULT_TREE: dict[str, int | float] = {
     "depth": 4,
     "width": 4,
-    "budget": 12,
-    "min_prob": 0.03,
+    "budget": 8,
+    "min_prob": 0.04,
     "lookup": 8,
 }
 

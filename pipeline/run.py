@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,11 +100,16 @@ def _worse(one: ParityRow, other: ParityRow) -> ParityRow:
     return ParityRow(
         graph=one.graph,
         tensor=one.tensor,
-        max_abs=max(one.max_abs, other.max_abs),
-        max_rel=max(one.max_rel, other.max_rel),
+        max_abs=_largest(one.max_abs, other.max_abs),
+        max_rel=_largest(one.max_rel, other.max_rel),
         topk_agreement=min(agreements) if agreements else None,
         ok=one.ok and other.ok,
     )
+
+
+def _largest(one: float, other: float) -> float:
+    """The larger error; what is not a number is worse than any, which `max` alone would hide."""
+    return one if math.isnan(one) else other if math.isnan(other) else max(one, other)
 
 
 def check_identical(decode: DecodeReport, precision: str, temperature: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from engines.selfcheck import Labelled
 from pipeline.check import CheckReport
 from pipeline.prompts import PromptSet
 from pipeline.reports import RunReport
-from pipeline.run import STAGES, Outcome, parity_rows, verdict
+from pipeline.run import STAGES, Outcome, _largest, parity_rows, verdict
 from tests.pipeline.command import run_command
 from tests.pipeline.conftest import Built, run_arguments
 
@@ -200,3 +201,11 @@ def test_generate_with_a_seed_repeats_itself(built_cache: Path) -> None:
         run_command(*common, f"--seed={seed}", "--json").json["token_ids"] for seed in (3, 3, 4)
     )
     assert first == again != other
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_number_that_is_none_is_the_worst_of_all(order: int) -> None:
+    """`max` would keep whichever came first."""
+    values = [0.5, math.nan][::order]
+    assert math.isnan(_largest(*values))
+    assert _largest(0.5, 0.25) == 0.5

@@ -1,7 +1,10 @@
 """What every backend offers: an `Engine` runs one graph of the contract; an `EngineSet` holds the
 three.
 
-Tensors are PyTorch CPU tensors, contiguous, named and typed by `export.contract`.
+Inputs and outputs are named and typed by `export.contract`. `run` takes and gives PyTorch CPU
+tensors, contiguous, any batch: checks use it. `decode` is the hot path, one sequence and numpy
+alone: after a target pass the processor's caches hold nothing but weights, and every PyTorch
+operator called then costs a tenth of a millisecond.
 """
 
 from __future__ import annotations
@@ -9,8 +12,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from pydantic import BaseModel, ConfigDict
 
@@ -35,6 +40,19 @@ DEFAULT_TREE: dict[str, int | float] = {
 }
 
 
+Arrays = dict[str, npt.NDArray[Any]]
+NEW_ROWS = "new_rows"
+
+
+class CachedRows(NamedTuple):
+    """The cached rows of one sequence: `block` [2L, capacity, KV] in the contract's order (key and
+    value of layer 0, then of layer 1, ...), of each the first `length` rows.
+    """
+
+    block: npt.NDArray[np.float32]
+    length: int
+
+
 class Engine(Protocol):
     """One graph, ready to run."""
 
@@ -49,6 +67,35 @@ class Engine(Protocol):
         its next run.
         """
         ...
+
+    def decode(self, feeds: Mapping[str, npt.NDArray[Any]], past: CachedRows) -> Arrays:
+        """`run` for one sequence: `feeds` holds the inputs that are not cached rows.
+
+        The outputs come as arrays; the new rows of all layers are one of them, `new_rows`
+        [2L, T, KV], ordered like `past.block`. Validity as for `run`.
+        """
+        ...
+
+
+def feeds_as_tensors(
+    engine: Engine, feeds: Mapping[str, npt.NDArray[Any]], past: CachedRows
+) -> dict[str, torch.Tensor]:
+    """What `run` takes, from what `decode` takes; no copies."""
+    tensors = {name: torch.from_numpy(array) for name, array in feeds.items()}
+    cached = [name for name in engine.input_names if name.startswith("past_")]
+    for name, rows in zip(cached, past.block, strict=True):
+        tensors[name] = torch.from_numpy(rows[None, : past.length])  # [1, P, KV]
+    return tensors
+
+
+def decode_by_run(
+    engine: Engine, feeds: Mapping[str, npt.NDArray[Any]], past: CachedRows
+) -> Arrays:
+    """The readable form of `Engine.decode`, for a backend without one of its own."""
+    made = engine.run(feeds_as_tensors(engine, feeds, past))
+    outputs = {name: tensor.numpy() for name, tensor in made.items()}
+    new = [outputs.pop(name)[0] for name in engine.output_names if name.startswith("new_")]
+    return {**outputs, NEW_ROWS: np.stack(new)}
 
 
 class EngineManifest(BaseModel):

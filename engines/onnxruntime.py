@@ -1,28 +1,40 @@
-"""Backend `onnxruntime`: sessions on the CPU, bound to PyTorch memory without copies.
+"""Backend `onnxruntime`: sessions on the CPU, bound to the caller's memory without copies.
 
 Inputs are bound by address, so a prefix of a preallocated cache is read where it lies. Outputs
-are written into buffers that the engine owns and reuses; one binding is kept for each set of
-sizes, since rebinding costs more than looking up.
+are written into buffers that the engine owns and reuses, the new rows of all layers into one; a
+binding is kept for each set of sizes, since rebinding costs more than looking up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import onnxruntime as ort
 import torch
 
 from drafter.config import DrafterConfig, TargetConfig
 from drafter.errors import UsageError
-from engines.base import MEND, Engine, EngineManifest
+from engines.base import (
+    MEND,
+    NEW_ROWS,
+    Arrays,
+    CachedRows,
+    Engine,
+    EngineManifest,
+    feeds_as_tensors,
+)
 from engines.machine import physical_cores
-from export.contract import TORCH_DTYPES, GraphContract, GraphName, contracts
+from export.contract import TORCH_DTYPES, GraphContract, GraphName, TensorSpec, contracts
 from export.files import MEND as EXPORT_MEND
 from export.files import check_metadata
 
 _ONNX_TYPES = {"float32": 1, "int64": 7, "bool": 9}  # onnx.TensorProto.DataType
+_FLOAT = _ONNX_TYPES["float32"]
 _KEPT_BINDINGS = 64
 # Idle threads spin this long, then sleep: enough to bridge the small operators of a run, too short
 # to take a core from the next session (three alternate) or from other processes.
@@ -41,74 +53,120 @@ class OnnxRuntimeEngine:
         self._inputs = [
             (s.name, TORCH_DTYPES[s.dtype], _ONNX_TYPES[s.dtype]) for s in contract.inputs
         ]
-        self._memory: dict[str, torch.Tensor] = {}  # output name -> flat buffer
-        self._bindings: dict[tuple[int, ...], tuple[ort.IOBinding, dict[str, torch.Tensor]]] = {}
+        self._fed = [
+            (s.name, np.dtype(s.dtype), _ONNX_TYPES[s.dtype])
+            for s in contract.inputs
+            if not s.name.startswith("past_")
+        ]
+        self._cached = [name for name in self.input_names if name.startswith("past_")]
+        self._memory: dict[str, npt.NDArray[Any]] = {}  # flat; the new rows are one of them
+        self._bindings: dict[tuple[int, ...], _Bound] = {}
         self._empty = torch.zeros(1)  # an address for tensors without elements
 
     def run(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """See `engines.base.Engine`. Raises UsageError for a feed that breaks the contract."""
         try:
-            binding, outputs = self._bound(feeds)
-            self.session.run_with_iobinding(binding)
-        except UsageError:
+            bound = self._bound(feeds)
+        except (KeyError, ValueError, IndexError):
+            self._refuse(feeds)
             raise
-        except Exception as error:  # the session raises bare exceptions of several types
-            self._contract.check(feeds)  # names a feed that is missing or of the wrong shape
-            raise RuntimeError(f"graph '{self.name}' failed in ONNX Runtime: {error}") from error
-        return outputs
-
-    def _bound(
-        self, feeds: Mapping[str, torch.Tensor]
-    ) -> tuple[ort.IOBinding, dict[str, torch.Tensor]]:
-        batch, steps = feeds["input_ids"].shape
-        rows = feeds["rows"].shape[1] if "rows" in feeds else steps
-        binding, outputs = self._bound_outputs(batch, steps, rows)
         for name, dtype, onnx_type in self._inputs:
-            tensor = feeds[name]
-            if tensor.dtype is not dtype or not tensor.is_contiguous():
+            tensor = feeds.get(name)
+            if tensor is None or tensor.dtype is not dtype or not tensor.is_contiguous():
                 self._refuse(feeds)
-            pointer = tensor.data_ptr() or self._empty.data_ptr()
-            binding.bind_input(name, "cpu", 0, onnx_type, tensor.shape, pointer)
-        return binding, outputs
+            else:
+                pointer = tensor.data_ptr() or self._empty.data_ptr()
+                bound.binding.bind_input(name, "cpu", 0, onnx_type, tensor.shape, pointer)
+        self._execute(bound.binding, lambda: self._contract.check(feeds))
+        return bound.tensors
+
+    def decode(self, feeds: Mapping[str, npt.NDArray[Any]], past: CachedRows) -> Arrays:
+        """See `engines.base.Engine`. Feeds are trusted: the decode loop makes them."""
+        bound = self._bound(feeds)
+        bind = bound.binding.bind_input
+        for name, dtype, onnx_type in self._fed:
+            array = feeds[name]
+            assert array.dtype == dtype
+            assert array.flags.c_contiguous
+            bind(name, "cpu", 0, onnx_type, array.shape, array.__array_interface__["data"][0])
+        address, stride = past.block.__array_interface__["data"][0], past.block.strides[0]
+        shape = (1, past.length, past.block.shape[2])
+        for name in self._cached:
+            bind(name, "cpu", 0, _FLOAT, shape, address)
+            address += stride
+        self._execute(
+            bound.binding, lambda: self._contract.check(feeds_as_tensors(self, feeds, past))
+        )
+        return bound.arrays
+
+    def _execute(self, binding: ort.IOBinding, check: Callable[[], object]) -> None:
+        try:
+            self.session.run_with_iobinding(binding)
+        except Exception as error:  # the session raises bare exceptions of several types
+            check()  # names a feed of the wrong shape
+            raise RuntimeError(f"graph '{self.name}' failed in ONNX Runtime: {error}") from error
 
     def _refuse(self, feeds: Mapping[str, torch.Tensor]) -> None:
         self._contract.check(feeds)
         strided = [name for name in self.input_names if not feeds[name].is_contiguous()]
         raise UsageError(f"Graph '{self.name}': input '{strided[0]}' is not contiguous in memory.")
 
-    def _bound_outputs(
-        self, batch: int, steps: int, rows: int
-    ) -> tuple[ort.IOBinding, dict[str, torch.Tensor]]:
+    def _bound(self, feeds: Mapping[str, Any]) -> _Bound:
+        """The binding for feeds of these sizes, its outputs bound, its inputs not yet."""
+        batch, steps = feeds["input_ids"].shape
+        rows = feeds["rows"].shape[1] if "rows" in feeds else steps
         key = (batch, steps, rows)
-        if key not in self._bindings:
-            self._reserve(batch, steps, rows)
-            self._bindings[key] = self._bind(batch, steps, rows)
-        return self._bindings[key]
+        found = self._bindings.get(key)
+        if found is None:
+            sizes = {"B": batch, "T": steps, "R": rows}
+            self._reserve(sizes)
+            found = self._bindings[key] = self._bind(sizes)
+        return found
 
-    def _reserve(self, batch: int, steps: int, rows: int) -> None:
-        """Make every output buffer large enough; growing one invalidates the bindings to it."""
-        sizes = {"B": batch, "T": steps, "R": rows}
-        grown = len(self._bindings) >= _KEPT_BINDINGS
+    def _views(self, sizes: Mapping[str, int]) -> Iterator[tuple[TensorSpec, str, int, int]]:
+        """Each output with its place in memory: spec, buffer, first element, elements."""
+        taken: dict[str, int] = {}
         for spec in self._contract.outputs:
-            needed = max(1, torch.Size(spec.shape(sizes)).numel())
-            if spec.name not in self._memory or self._memory[spec.name].numel() < needed:
-                self._memory[spec.name] = torch.empty(needed, dtype=TORCH_DTYPES[spec.dtype])
+            buffer = NEW_ROWS if spec.name.startswith("new_") else spec.name
+            count = math.prod(spec.shape(sizes))
+            yield spec, buffer, taken.get(buffer, 0), count
+            taken[buffer] = taken.get(buffer, 0) + count
+
+    def _reserve(self, sizes: Mapping[str, int]) -> None:
+        """Make every output buffer large enough; growing one invalidates the bindings to it."""
+        grown = len(self._bindings) >= _KEPT_BINDINGS
+        needed: dict[str, tuple[int, str]] = {}
+        for spec, buffer, first, count in self._views(sizes):
+            needed[buffer] = (max(1, first + count), spec.dtype)
+        for buffer, (count, dtype) in needed.items():
+            if buffer not in self._memory or self._memory[buffer].size < count:
+                self._memory[buffer] = np.empty(count, dtype=dtype)
                 grown = True
         if grown:
             self._bindings.clear()
 
-    def _bind(
-        self, batch: int, steps: int, rows: int
-    ) -> tuple[ort.IOBinding, dict[str, torch.Tensor]]:
-        binding = self.session.io_binding()
-        outputs = {}
-        for spec in self._contract.outputs:
-            shape = spec.shape({"B": batch, "T": steps, "R": rows})
-            view = self._memory[spec.name][: torch.Size(shape).numel()].view(shape)
-            pointer = self._memory[spec.name].data_ptr()
-            binding.bind_output(spec.name, "cpu", 0, _ONNX_TYPES[spec.dtype], shape, pointer)
-            outputs[spec.name] = view
-        return binding, outputs
+    def _bind(self, sizes: Mapping[str, int]) -> _Bound:
+        bound = _Bound(self.session.io_binding(), {}, {})
+        for spec, buffer, first, count in self._views(sizes):
+            shape = spec.shape(sizes)
+            array = self._memory[buffer][first : first + count].reshape(shape)
+            pointer = self._memory[buffer][first:].__array_interface__["data"][0]
+            bound.binding.bind_output(spec.name, "cpu", 0, _ONNX_TYPES[spec.dtype], shape, pointer)
+            bound.tensors[spec.name] = torch.from_numpy(array)
+            if buffer != NEW_ROWS:
+                bound.arrays[spec.name] = array
+        layers = len(self._cached)
+        rows = self._memory[NEW_ROWS][: layers * count].reshape(layers, *shape)
+        bound.arrays[NEW_ROWS] = rows[:, 0]  # [2L, T, KV] of the one sequence
+        return bound
+
+
+class _Bound(NamedTuple):
+    """A binding whose outputs are bound, and those outputs for `run` and for `decode`."""
+
+    binding: ort.IOBinding
+    tensors: dict[str, torch.Tensor]
+    arrays: Arrays
 
 
 def session_options(threads: int) -> ort.SessionOptions:

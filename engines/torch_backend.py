@@ -10,7 +10,9 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ from drafter.checkpoint import fill
 from drafter.config import DrafterConfig, TargetConfig
 from drafter.decoder import TargetDecoder, rope_frequencies
 from drafter.eagle3 import Drafter, DraftState
+from engines.base import Arrays, CachedRows, decode_by_run
 from export.contract import GRAPHS, GraphContract, GraphName, contracts
 from export.files import EMBEDDING, HEAD_ROWS, WEIGHTS
 from export.onnx_files import map_weights
@@ -41,6 +44,10 @@ class TorchEngine:
         with torch.no_grad():
             found = self._function(feeds)
         return {name: found[name] for name in self.output_names}
+
+    def decode(self, feeds: Mapping[str, npt.NDArray[Any]], past: CachedRows) -> Arrays:
+        """See `engines.base.Engine`."""
+        return decode_by_run(self, feeds, past)
 
 
 def torch_engines(target: TargetDecoder, drafter: Drafter) -> dict[GraphName, TorchEngine]:

@@ -16,14 +16,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-import torch
-
 from drafter.errors import UsageError
 from runtime.drafter import Drafter
 from runtime.lookup import NO_GUESS, SuffixLookup
 from runtime.sampling import GREEDY, Dice, SamplingConfig, choose
 from runtime.stats import RoundStats
-from runtime.target import Target
+from runtime.target import Taps, Target
 from runtime.tree import DEFAULT_TREE, DraftTree, TreeConfig, grow
 from runtime.verify import verify
 
@@ -57,7 +55,7 @@ class _Pending(NamedTuple):
     """Slots the drafter has still to be fed: taps [1, T, 3H] and the token after each of them."""
 
     tokens: list[int]
-    taps: torch.Tensor
+    taps: Taps
 
 
 def check_request(request: Request, target: Target, drafter: Drafter | None) -> None:

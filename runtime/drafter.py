@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
-import torch
+import numpy.typing as npt
 
 from drafter.config import DrafterConfig
-from engines.base import Engine
+from engines.base import NEW_ROWS, Engine
 from runtime.cache import KeyValueCache
-from runtime.target import attention_mask, int_row
+from runtime.target import Taps, attention_mask, int_row
 from runtime.tree import Frontier, Proposals
 
 
@@ -33,7 +33,7 @@ class Drafter(Protocol):
         """Committed slots."""
         ...
 
-    def extend(self, tokens: Sequence[int], taps: torch.Tensor) -> Proposals:
+    def extend(self, tokens: Sequence[int], taps: Taps) -> Proposals:
         """Commit slots; `taps` [1, T, 3H], `tokens[i]` follows the position of `taps[:, i]`.
 
         Returns the proposals after the last slot (R = 1).
@@ -61,24 +61,23 @@ class EngineDrafter:
         self._step = step
         self._slots = 0
         self._cache = KeyValueCache(1, config.kv_size, max_context)
-        self._state = torch.empty(0)  # [1, R, H] of the last call
+        self._state = np.empty((1, 0, config.hidden_size), np.float32)  # [1, R, H], last call's
 
     @property
     def length(self) -> int:
         """See `Drafter`."""
         return self._slots
 
-    def extend(self, tokens: Sequence[int], taps: torch.Tensor) -> Proposals:
+    def extend(self, tokens: Sequence[int], taps: Taps) -> Proposals:
         """See `Drafter`."""
         self._cache.truncate(self._slots)
         count, first = len(tokens), self._slots
-        feeds = {
+        feeds: dict[str, npt.NDArray[Any]] = {
             "input_ids": int_row(tokens),
             "taps": taps,
             "position_ids": int_row(range(first, first + count)),
             "attention_mask": attention_mask(first, np.tri(count, dtype=np.bool_)),
             "rows": int_row([count - 1]),
-            **self._cache.past(),
         }
         proposals = self._run(self._extend, feeds)
         self._slots = self._cache.length
@@ -94,12 +93,11 @@ class EngineDrafter:
                 among[row, seen] = True
             among[row, fed + row] = True
         position = self._slots - 1 + frontier.depth
-        feeds = {
+        feeds: dict[str, npt.NDArray[Any]] = {
             "input_ids": int_row(frontier.tokens),
-            "parent_state": self._state.index_select(1, int_row(frontier.parent_rows)[0]),
+            "parent_state": self._state.take(frontier.parent_rows, axis=1),
             "position_ids": int_row([position] * count),
             "attention_mask": attention_mask(self._slots, among),
-            **self._cache.past(),
         }
         return self._run(self._step, feeds)
 
@@ -108,11 +106,12 @@ class EngineDrafter:
         self._cache.truncate(length)
         self._slots = length
 
-    def _run(self, engine: Engine, feeds: dict[str, torch.Tensor]) -> Proposals:
+    def _run(self, engine: Engine, feeds: dict[str, npt.NDArray[Any]]) -> Proposals:
+        past = self._cache.past()
         start = time.perf_counter()
-        outputs = engine.run(feeds)
+        outputs = engine.decode(feeds, past)
         self.engine_seconds += time.perf_counter() - start
-        self._cache.commit(outputs)
+        self._cache.commit(outputs[NEW_ROWS])
         self._state = outputs["state"]
         return Proposals(
             tokens=outputs["topk_ids"].tolist()[0],

@@ -13,21 +13,21 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from drafter.config import TargetConfig
-from engines.base import Engine
+from engines.base import NEW_ROWS, Arrays, Engine
 from runtime.cache import KeyValueCache
 from runtime.tree import DraftTree
 
 LogitRows = npt.NDArray[np.float32]  # [R, V]
+Taps = npt.NDArray[np.float32]  # [1, T, 3H]
 
 
 class Prefilled(NamedTuple):
     """`logits` [V] after the chunk's last token; `taps` [1, T, 3H] of all its positions."""
 
     logits: npt.NDArray[np.float32]
-    taps: torch.Tensor
+    taps: Taps
 
 
 class Target(Protocol):
@@ -50,7 +50,7 @@ class Target(Protocol):
         """One pass over all nodes, the root first: logits [N, V]. Commits nothing."""
         ...
 
-    def commit(self, nodes: Sequence[int]) -> torch.Tensor:
+    def commit(self, nodes: Sequence[int]) -> Taps:
         """Commit these nodes of the tree last verified, in order; returns their taps, a copy."""
         ...
 
@@ -68,7 +68,7 @@ class EngineTarget:
         self.engine_seconds = 0.0
         self._engine = engine
         self._cache = KeyValueCache(config.num_layers, config.kv_size, max_context)
-        self._outputs: dict[str, torch.Tensor] = {}
+        self._outputs: Arrays = {}
 
     @property
     def length(self) -> int:
@@ -80,19 +80,20 @@ class EngineTarget:
         count = len(tokens)
         mask = np.tri(count, dtype=np.bool_)
         outputs = self._run(tokens, range(count), mask, rows=[count - 1])
-        self._cache.commit(outputs)
-        return Prefilled(outputs["logits"][0, 0].numpy(), outputs["taps"])
+        self._cache.commit(outputs[NEW_ROWS])
+        return Prefilled(outputs["logits"][0, 0], outputs["taps"])
 
     def verify(self, tree: DraftTree) -> LogitRows:
         """See `Target`."""
         self._outputs = self._run(tree.tokens, tree.depths, tree.mask(), rows=range(len(tree)))
-        logits: LogitRows = self._outputs["logits"][0].numpy()
+        logits: LogitRows = self._outputs["logits"][0]
         return logits
 
-    def commit(self, nodes: Sequence[int]) -> torch.Tensor:
+    def commit(self, nodes: Sequence[int]) -> Taps:
         """See `Target`."""
-        self._cache.commit(self._outputs, nodes)
-        return self._outputs["taps"].index_select(1, int_row(nodes)[0])  # [1, a+1, 3H]
+        self._cache.commit(self._outputs[NEW_ROWS], nodes)
+        taps: Taps = self._outputs["taps"].take(nodes, axis=1)  # [1, a+1, 3H]
+        return taps
 
     def truncate(self, length: int) -> None:
         """See `Target`."""
@@ -104,30 +105,30 @@ class EngineTarget:
         depths: Sequence[int],
         mask: npt.NDArray[np.bool_],  # [T, T]: among the new tokens; the prefix is seen by all
         rows: Sequence[int],
-    ) -> dict[str, torch.Tensor]:
+    ) -> Arrays:
         prefix = self._cache.length
         feeds = {
             "input_ids": int_row(tokens),
             "position_ids": int_row([prefix + depth for depth in depths]),
             "attention_mask": attention_mask(prefix, mask),
             "rows": int_row(rows),
-            **self._cache.past(),
         }
+        past = self._cache.past()
         start = time.perf_counter()
-        outputs = self._engine.run(feeds)
+        outputs = self._engine.decode(feeds, past)
         self.engine_seconds += time.perf_counter() - start
         return outputs
 
 
-def int_row(values: Sequence[int]) -> torch.Tensor:
-    """int64 [1, N]. By way of numpy, which is several times faster at this than torch."""
-    return torch.from_numpy(np.array([values], dtype=np.int64))
+def int_row(values: Sequence[int]) -> npt.NDArray[np.int64]:
+    """int64 [1, N]."""
+    return np.array([values], dtype=np.int64)
 
 
-def attention_mask(prefix: int, among: npt.NDArray[np.bool_]) -> torch.Tensor:
+def attention_mask(prefix: int, among: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     """bool [1, 1, T, prefix + S']: all attend the prefix, and `among` [T, S'] says the rest."""
     rows, columns = among.shape
     mask = np.empty((1, 1, rows, prefix + columns), dtype=np.bool_)
     mask[0, 0, :, :prefix] = True
     mask[0, 0, :, prefix:] = among
-    return torch.from_numpy(mask)
+    return mask

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import pytest
 import torch
 
 from drafter.errors import UsageError
 from engines import Engine, EngineSet
+from engines.base import CachedRows, decode_by_run
 from engines.cases import Feeds, make_cases
 from engines.torch_backend import TorchEngine, torch_engines
 from export.contract import TORCH_DTYPES, target_contract
@@ -136,3 +138,32 @@ def test_a_missing_feed_is_named(source: Source, engines: EngineSet) -> None:
     del feeds["past_value_2"]
     with pytest.raises(UsageError, match="needs the input 'past_value_2'"):
         engines.target.run(feeds)
+
+
+@pytest.mark.parametrize("length", [0, 1, 6])
+def test_decode_equals_its_readable_form(source: Source, engines: EngineSet, length: int) -> None:
+    """The same rows from one block, and the new ones in one block, in the contract's order."""
+    opened: dict[str, Engine] = dict(engines.engines)
+    for case in make_cases(
+        torch_engines(source.target, source.drafter), *source.configs, batches=(1,), prefixes=(4,)
+    ):
+        engine = opened[case.graph]
+        cached = [n for n in engine.input_names if n.startswith("past_")]
+        steps, size = case.feeds["input_ids"].shape[1], case.feeds[cached[0]].shape[2]
+        random = np.random.default_rng(length)
+        block = random.standard_normal((len(cached), 9, size), dtype=np.float32)
+        feeds = {n: case.feeds[n].numpy() for n in engine.input_names if n not in cached}
+        feeds["attention_mask"] = np.ones((1, 1, steps, length + steps), dtype=np.bool_)
+        past = CachedRows(block, length)
+        expected = {n: array.copy() for n, array in decode_by_run(engine, feeds, past).items()}
+        found = engine.decode(feeds, past)
+        assert set(found) == set(expected)
+        for name, array in expected.items():
+            np.testing.assert_array_equal(found[name], array)
+
+
+def test_decode_names_a_feed_of_the_wrong_size(source: Source, engines: EngineSet) -> None:
+    feeds = {n: t.numpy() for n, t in target_feeds(source).items() if not n.startswith("past_")}
+    past = CachedRows(np.zeros((6, 9, source.target.config.kv_size), np.float32), 5)  # P is 4
+    with pytest.raises(UsageError, match="attention_mask"):
+        engines.target.decode(feeds, past)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from drafter.errors import UsageError
 from runtime.cache import KeyValueCache
@@ -14,10 +14,16 @@ from runtime.cache import KeyValueCache
 LAYERS, KV = 3, 4
 
 
-def new_rows(steps: int, seed: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    names = [f"new_{kind}_{layer}" for layer in range(LAYERS) for kind in ("key", "value")]
-    return {name: torch.randn(1, steps, KV, generator=generator) for name in names}
+Rows = npt.NDArray[np.float32]
+
+
+def new_rows(steps: int, seed: int) -> Rows:
+    return np.random.default_rng(seed).standard_normal((2 * LAYERS, steps, KV), dtype=np.float32)
+
+
+def held(cache: KeyValueCache) -> Rows:
+    past = cache.past()
+    return past.block[:, : past.length]
 
 
 commits = st.tuples(st.integers(1, 9), st.none() | st.lists(st.integers(0, 8), max_size=9))
@@ -31,35 +37,30 @@ class TestKeyValueCache:
         self, actions: list[tuple[int, list[int] | None] | float], capacity: int
     ) -> None:
         cache = KeyValueCache(LAYERS, KV, max_length=200, capacity=capacity)
-        expected = {name: torch.zeros(1, 0, KV) for name in new_rows(1, 0)}
+        expected = new_rows(0, 0)
         for seed, action in enumerate(actions):
             if isinstance(action, float):
                 keep = int(action * cache.length)
                 cache.truncate(keep)
-                expected = {name: rows[:, :keep] for name, rows in expected.items()}
+                expected = expected[:, :keep]
                 continue
             steps, accepted = action
             if accepted is not None:
                 accepted = [row for row in accepted if row < steps]
-            outputs = new_rows(steps, seed)
-            cache.commit(outputs, accepted)
-            for name, rows in outputs.items():
-                kept = rows if accepted is None else rows[:, accepted]
-                expected[name] = torch.cat((expected[name], kept), dim=1)
-        past = cache.past()
-        assert cache.length == expected["new_key_0"].shape[1] <= cache.capacity
-        assert {name.replace("past", "new") for name in past} == set(expected)
-        for name, rows in past.items():
-            assert torch.equal(rows, expected[name.replace("past", "new")])
+            made = new_rows(steps, seed)
+            cache.commit(made, accepted)
+            kept = made if accepted is None else made[:, accepted]
+            expected = np.concatenate((expected, kept), axis=1)
+        assert cache.length == expected.shape[1] <= cache.capacity
+        np.testing.assert_array_equal(held(cache), expected)
 
-    def test_past_is_a_contiguous_view_not_a_copy(self) -> None:
+    def test_a_layers_rows_are_contiguous_and_stay_where_they_are(self) -> None:
         cache = KeyValueCache(LAYERS, KV, max_length=64)
         cache.commit(new_rows(5, 0))
-        view = cache.past()["past_value_1"]
-        assert view.is_contiguous()
-        address = view.data_ptr()
+        block = cache.past().block
+        assert block[3, :5].flags.c_contiguous
         cache.commit(new_rows(7, 1), [0, 3])
-        assert cache.past()["past_value_1"].data_ptr() == address
+        assert cache.past().block is block
 
     def test_grows_by_doubling_up_to_its_maximum(self) -> None:
         cache = KeyValueCache(LAYERS, KV, max_length=20, capacity=4)
@@ -72,10 +73,10 @@ class TestKeyValueCache:
     def test_a_full_context_is_one_clear_sentence_and_changes_nothing(self) -> None:
         cache = KeyValueCache(LAYERS, KV, max_length=6)
         cache.commit(new_rows(5, 0))
-        before = {name: rows.clone() for name, rows in cache.past().items()}
+        before = held(cache).copy()
         with pytest.raises(UsageError, match="full: 7 tokens, the engine holds at most 6"):
             cache.commit(new_rows(3, 1), [0, 2])
-        assert all(torch.equal(rows, before[name]) for name, rows in cache.past().items())
+        np.testing.assert_array_equal(held(cache), before)
 
     @pytest.mark.parametrize("length", [-1, 6])
     def test_truncates_to_what_it_has_only(self, length: int) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import pytest
-import torch
 
 from runtime.drafter import EngineDrafter
 from runtime.tree import Frontier
@@ -33,9 +33,9 @@ LEVELS = [
 def extended(kind: str, rounds: int) -> EngineDrafter:
     """A drafter after a prompt and `rounds` more extensions, always the same."""
     model = tiny(5, kind=kind)
-    generator = torch.Generator().manual_seed(0)
+    random = np.random.default_rng(0)
     for _ in range(1 + rounds):
-        model.drafter.extend(TOKENS, torch.randn(1, len(TOKENS), 48, generator=generator))
+        model.drafter.extend(TOKENS, random.standard_normal((1, len(TOKENS), 48), dtype=np.float32))
     return model.drafter
 
 
@@ -65,7 +65,7 @@ def test_a_nodes_proposals_depend_on_its_own_path_only(kind: str, rounds: int) -
 
 def test_a_node_attends_the_prefix_its_ancestors_and_itself() -> None:
     model = tiny(5)
-    model.drafter.extend(TOKENS, torch.ones(1, len(TOKENS), 48))
+    model.drafter.extend(TOKENS, np.ones((1, len(TOKENS), 48), np.float32))
     slots, fed = len(TOKENS), 0
     for depth, level in enumerate(LEVELS, start=1):
         model.drafter.step(frontier(level, depth))
@@ -90,7 +90,7 @@ def test_paths_that_differ_differ_in_their_proposals(kind: str) -> None:
 
 def test_extend_forgets_the_tree_and_truncate_the_slots() -> None:
     drafter = extended("twin", 0)
-    taps = torch.ones(1, 2, 48)
+    taps = np.ones((1, 2, 48), np.float32)
     expected = drafter.extend([4, 6], taps)
     drafter.truncate(len(TOKENS))
     for depth, level in enumerate(LEVELS, start=1):

@@ -10,14 +10,16 @@ Outputs of a run are overwritten with NaN by the next one, as the contract allow
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from drafter.config import DrafterConfig, TargetConfig, drafter_config_for
 from drafter.decoder import TargetDecoder, rope_tables
 from drafter.eagle3 import Drafter
+from engines.base import Arrays, CachedRows, decode_by_run
 from export.contract import GraphContract, drafter_contract, target_contract
 from runtime.drafter import EngineDrafter
 from runtime.target import EngineTarget
@@ -65,6 +67,10 @@ class TinyEngine:
         assert set(outputs) == set(self.output_names)
         self._last = outputs
         return outputs
+
+    def decode(self, feeds: Mapping[str, npt.NDArray[Any]], past: CachedRows) -> Arrays:
+        """One pass as the decode loop asks for it."""
+        return decode_by_run(self, feeds, past)
 
 
 def tiny(

@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 
 from drafter.errors import UsageError
 from runtime.drafter import Drafter
+from runtime.draws import Drawing
 from runtime.lookup import NO_GUESS, SuffixLookup
 from runtime.sampling import GREEDY, Dice, SamplingConfig, choose
 from runtime.stats import RoundStats
@@ -103,7 +104,7 @@ def decode(
     emitted = 1
     while finish is None:
         clock = _Clock(target, drafter)
-        tree = _draft(target, drafter, pending, root, request.tree, limit - emitted, lookup)
+        tree = _draft(target, drafter, pending, root, request, limit - emitted, lookup, dice)
         verdict = verify(tree, target.verify(tree), request.sampling, dice)
         taps = target.commit([0, *verdict.path])
         block = [*(tree.tokens[node] for node in verdict.path), verdict.bonus]
@@ -146,9 +147,10 @@ def _draft(
     drafter: Drafter | None,
     pending: _Pending,
     root: int,
-    config: TreeConfig,
+    request: Request,
     new_tokens: int,
     lookup: SuffixLookup | None,
+    dice: Dice,
 ) -> DraftTree:
     """The tree of one round that may emit `new_tokens`, no larger than the context has room for.
 
@@ -157,12 +159,13 @@ def _draft(
     """
     if drafter is None:
         return DraftTree.root_only(root)
-    fitted = config.fitted(new_tokens, rows=target.max_context - target.length - 1)
+    fitted = request.tree.fitted(new_tokens, rows=target.max_context - target.length - 1)
     if fitted is None:
         return DraftTree.root_only(root)
     first = drafter.extend(pending.tokens, pending.taps)
     guess = lookup.guess(fitted.lookup) if lookup is not None else NO_GUESS
-    return grow(root, first, drafter.step, fitted, guess)
+    drawing = None if request.sampling.greedy else Drawing(request.sampling, dice)
+    return grow(root, first, drafter.step, fitted, guess, drawing)
 
 
 def _cut(

@@ -7,8 +7,9 @@ ties to the lower flat index (the order in which candidates were proposed). A pa
 rises from parent to child and a parent is always proposed before its children, so that rule keeps
 every kept node's parent too. A chain is the case `width=1`.
 
-A tree is a deterministic function of the drafter's top-k proposals: no coin is tossed here, which
-is what lets verification treat every node as a point mass and stay lossless.
+For greedy decoding a tree is a deterministic function of the drafter's proposals. At temperature
+> 0 the tokens are drawn (`runtime.draws`), path scores are chances of acceptance that do not depend
+on the tokens drawn, and each node remembers what it was drawn from.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from drafter.errors import CheckFailed, UsageError
+from runtime.draws import Drawing, Drawn, DrawnRow
 from runtime.lookup import NO_GUESS, Guess
 
 
@@ -111,13 +113,16 @@ Expand = Callable[[Frontier], Proposals]
 class DraftTree:
     """The tokens of one round in flat order. Node 0 is the root; parents come before children.
 
-    Siblings keep the drafter's order, best first. `scores` are path log-probabilities.
+    Siblings keep the drafter's order, best first; drawn ones the order in which they were drawn.
+    `scores` are path log-probabilities. `drawn`: what each node's token was drawn from, None for a
+    point mass; empty when all are.
     """
 
     tokens: list[int]
     parents: list[int]  # -1 for the root
     depths: list[int]  # 0 for the root: the node's position is the root's plus this
     scores: list[float]
+    drawn: Sequence[Drawn | None] = ()
 
     @classmethod
     def root_only(cls, token: int) -> DraftTree:
@@ -159,6 +164,36 @@ class DraftTree:
         return [self.path(node) for node in range(1, len(self)) if node not in inner]
 
 
+class _Row(Protocol):
+    """The children proposed for one node, best first."""
+
+    log_chances: list[float]
+
+    def take(self, rank: int) -> tuple[int, Drawn | None] | None:
+        """Token of a rank and what it was drawn from; asked for in order. None: nothing left."""
+        ...
+
+
+class _ListedRow:
+    """Children that are the drafter's best candidates, a guess among them."""
+
+    def __init__(
+        self, tokens: list[int], log_probs: list[float], width: int, guess: _Guessed
+    ) -> None:
+        if guess is not None:
+            # An equal token keeps its better chance.
+            best = dict(zip(tokens, log_probs, strict=True))
+            best[guess[0]] = max(guess[1], best.get(*guess))
+            ranked = sorted(best.items(), key=lambda item: -item[1])
+            tokens, log_probs = [t for t, _ in ranked], [p for _, p in ranked]
+        self._tokens = tokens
+        self.log_chances = log_probs[:width]
+
+    def take(self, rank: int) -> tuple[int, Drawn | None]:
+        """See `_Row`."""
+        return self._tokens[rank], None
+
+
 class _Pool:
     """All candidates of a round, in flat order.
 
@@ -172,28 +207,27 @@ class _Pool:
         self.parents: list[int] = []  # flat index, -1: the root
         self.depths: list[int] = []
         self.scores: list[float] = []
+        self.drawn: list[Drawn | None] = []
         self._config = config
         self._floor = -math.inf
         if config.min_prob > 0:
             self._floor = math.nextafter(math.log(config.min_prob), -math.inf)
         self.bar = self._floor
 
-    def propose(self, parents: Sequence[int], proposals: Proposals, depth: int) -> range:
+    def propose(self, parents: Sequence[int], rows: Sequence[_Row], depth: int) -> range:
         """Append the children proposed for `parents`; returns the new flat indices."""
-        first, width, bar = len(self.tokens), self._config.width, self.bar
-        for parent, tokens, log_probs in zip(parents, *proposals, strict=True):
-            if math.isnan(sum(log_probs)):
-                raise CheckFailed(
-                    "the drafter's log-probabilities hold a value that is not a number; "
-                    "run `pipeline check` on this engine."
-                )
+        first, bar = len(self.tokens), self.bar
+        for parent, row in zip(parents, rows, strict=True):
             base = self.scores[parent] if parent >= 0 else 0.0
-            for token, log_prob in zip(tokens[:width], log_probs, strict=False):
+            for rank, log_chance in enumerate(row.log_chances):
                 # Rounding may lift a log-prob above 0; a child must never outscore its parent.
-                score = base + log_prob if log_prob < 0 else base
+                score = base + log_chance if log_chance < 0 else base
                 if score <= bar:
                     break  # best first: the rest is not above the bar either
-                self.tokens.append(token)
+                if (taken := row.take(rank)) is None:
+                    continue
+                self.tokens.append(taken[0])
+                self.drawn.append(taken[1])
                 self.parents.append(parent)
                 self.scores.append(score)
         new = range(first, len(self.tokens))
@@ -220,11 +254,15 @@ class _Pool:
             parents=[-1] + [node_of[self.parents[flat]] for flat in kept],
             depths=[0] + [self.depths[flat] for flat in kept],
             scores=[0.0] + [self.scores[flat] for flat in kept],
+            drawn=[None] + [self.drawn[flat] for flat in kept],
         )
 
     def _best(self, candidates: Sequence[int], count: int) -> list[int]:
         """The `count` best by score. Python's sort is stable, reversed too: ties keep order."""
         return sorted(candidates, key=self.scores.__getitem__, reverse=True)[:count]
+
+
+_Guessed = tuple[int, float] | None  # a guessed child and its log-chance
 
 
 class _GuessPath:
@@ -238,19 +276,9 @@ class _GuessPath:
         """Whether there is a token left to propose."""
         return bool(self._left)
 
-    def join(self, parents: list[int], proposals: Proposals) -> tuple[list[int], Proposals]:
-        """The proposals of a level with the path's next token among them, as its own row if its
-        parent was not expanded. A token proposed twice keeps the better chance."""
-        if not self._left:
-            return parents, proposals
-        token, chance = self._left[-1]
-        if self._tip not in parents:
-            more = Proposals([*proposals.tokens, [token]], [*proposals.log_probs, [chance]])
-            return [*parents, self._tip], more
-        row = parents.index(self._tip)
-        tokens, log_probs = list(proposals.tokens), list(proposals.log_probs)
-        tokens[row], log_probs[row] = _inserted(token, chance, tokens[row], log_probs[row])
-        return parents, Proposals(tokens, log_probs)
+    def next(self) -> tuple[int, _Guessed]:
+        """The path's last node and the guessed child of it, if one is left."""
+        return self._tip, self._left[-1] if self._left else None
 
     def depth(self, pool: _Pool) -> int:
         """Depth of the path's last node."""
@@ -268,30 +296,26 @@ class _GuessPath:
         self._left.clear()
 
 
-def _inserted(
-    token: int, chance: float, tokens: list[int], log_probs: list[float]
-) -> tuple[list[int], list[float]]:
-    """A row of proposals, best first, with one more; an equal token keeps its better chance."""
-    best = dict(zip(tokens, log_probs, strict=True))
-    best[token] = max(chance, best.get(token, chance))
-    ranked = sorted(best.items(), key=lambda item: -item[1])
-    return [t for t, _ in ranked], [p for _, p in ranked]
-
-
 def grow(
-    root: int, first: Proposals, expand: Expand, config: TreeConfig, guess: Guess = NO_GUESS
+    root: int,
+    first: Proposals,
+    expand: Expand,
+    config: TreeConfig,
+    guess: Guess = NO_GUESS,
+    drawing: Drawing | None = None,
 ) -> DraftTree:
     """Draft one round's tree.
 
     `first` holds the proposals after the root (R = 1); `expand` feeds a frontier to the drafter and
     returns the proposals after each of its nodes. It is called at most depth-1 times. `guess` is a
     path that does not come from the drafter; the drafter expands it where its scores earn that.
-    Raises CheckFailed for a log-probability that is not a number.
+    With `drawing` tokens are drawn, without it they are the drafter's best. Raises CheckFailed for
+    a log-probability that is not a number.
     """
     pool, path = _Pool(config), _GuessPath(guess)
 
     def propose(parents: list[int], proposals: Proposals, depth: int) -> range:
-        new = pool.propose(*path.join(parents, proposals), depth)
+        new = pool.propose(*_rows(parents, proposals, path, config.width, drawing), depth)
         path.follow(pool, new)
         return new
 
@@ -319,3 +343,31 @@ def grow(
     while path:
         propose([], Proposals([], []), path.depth(pool) + 1)
     return pool.selected(root)
+
+
+def _rows(
+    parents: list[int],
+    proposals: Proposals,
+    path: _GuessPath,
+    width: int,
+    drawing: Drawing | None,
+) -> tuple[list[int], list[_Row]]:
+    """One row of children for each of `parents`, the guess among them; as a row of its own when
+    the node it follows was not expanded.
+    """
+    tip, guess = path.next()
+    rows: list[_Row] = []
+    for parent, tokens, log_probs in zip(parents, *proposals, strict=True):
+        if math.isnan(sum(log_probs)):
+            raise CheckFailed(
+                "the drafter's log-probabilities hold a value that is not a number; "
+                "run `pipeline check` on this engine."
+            )
+        joins = guess if parent == tip else None
+        if drawing is None:
+            rows.append(_ListedRow(tokens[:width], log_probs[:width], width, joins))
+        else:
+            rows.append(DrawnRow(tokens, log_probs, width, drawing, joins))
+    if guess is not None and tip not in parents:
+        return [*parents, tip], [*rows, _ListedRow([], [], 1, guess)]
+    return parents, rows

@@ -172,17 +172,16 @@ class TestLaw:
     @pytest.mark.parametrize(
         ("tree", "sampling"),
         [
-            (TreeConfig(2, 1, 2), SamplingConfig(temperature=1.0)),
-            (TreeConfig(2, 2, 4), SamplingConfig(temperature=1.0)),
-            (TreeConfig(2, 2, 4), SamplingConfig(temperature=0.7, top_k=3)),
-            (TreeConfig(3, 3, 7), SamplingConfig(temperature=1.5, top_p=0.8, min_p=0.05)),
-            (TreeConfig(2, 3, 5, min_prob=0.1), SamplingConfig(temperature=1.2)),
+            (TreeConfig(1, 3, 3), SamplingConfig(temperature=1.0)),
+            (TreeConfig(3, 1, 3), SamplingConfig(temperature=1.0)),
+            (TreeConfig(2, 2, 3), SamplingConfig(temperature=0.7, top_k=2)),
+            (TreeConfig(2, 2, 3, lookup=2), SamplingConfig(temperature=1.5, top_p=0.8, min_p=0.05)),
+            (TreeConfig(2, 2, 4, min_prob=0.1), SamplingConfig(temperature=1.2)),
         ],
     )
     def test_of_the_output_is_the_targets(self, tree: TreeConfig, sampling: SamplingConfig) -> None:
-        model = tiny(3, vocab=4, noise=0.5)
-        stop_ids, length = frozenset({2}), 4
-        request = Request([1, 3, 0], length, sampling, stop_ids, tree)
+        model = tiny(3, vocab=3, noise=0.5)
+        request = Request([1, 2, 0, 1], 4, sampling, frozenset({2}), tree)
         got = law_of(
             lambda dice: tuple(tokens_of(list(decode(model.target, model.drafter, request, dice))))
         )

@@ -147,10 +147,12 @@ def drafter_config_for(target: TargetConfig, **changes: Any) -> DrafterConfig:
         "rope": RopeConfig(theta=target.rope.theta),
         "taps": target.default_taps,
         "target_layers": target.num_layers,
-        "top_k": min(16, target.vocab_size),
         "max_positions": target.max_positions,
     }
     fields.update(changes)
+    # Drawing at temperature > 0 wants much of the law's mass; a rescored head knows `rescore` rows.
+    limit = fields.get("rescore") or target.vocab_size
+    fields.setdefault("top_k", min(64, limit, target.vocab_size))
     if fields.get("head", "low_rank") == "low_rank" and fields.get("lm_head_rank") is None:
         fields["lm_head_rank"] = default_rank(fields["hidden_size"])
     return checked_drafter_config(fields, "drafter options")

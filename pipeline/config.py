@@ -68,9 +68,11 @@ class RunOptions(BuildOptions, DecodeOptions):
 class DrafterOptions(_Options):
     """Shape and start of the drafter that `pipeline train` makes.
 
-    `rank` None is d/8; `taps` None are the target's default ones.
+    `rank` None is d/8; `taps` None are the target's default ones. With `start`, a drafter to train
+    on, shape and weights are that drafter's.
     """
 
+    start: str | None = None
     head: str = "low_rank"
     rank: int | None = Field(None, ge=1)
     rescore: int = Field(128, ge=0)

@@ -6,6 +6,7 @@ A run has a folder: `run.json` (what it is made from), `corpus/` (where dialogue
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import time
 from collections.abc import Sequence
@@ -20,18 +21,26 @@ from drafter.artifact import (
     disk_full_as_error,
     is_up_to_date,
     read_artifact,
+    sha256_file,
     write_artifact,
 )
-from drafter.config import DrafterConfig, TargetConfig, drafter_config_for, read_json
+from drafter.config import (
+    DrafterConfig,
+    TargetConfig,
+    drafter_config_for,
+    read_drafter_config,
+    read_json,
+)
 from drafter.errors import UsageError
 from drafter.families import read_target_config
 from drafter.sources import TargetFolder
+from drafter.sources.folder import weight_files
 from drafter.tokenizer import vocabulary_sha256
-from pipeline.config import TrainOptions
+from pipeline.config import DrafterOptions, TrainOptions
 from pipeline.corpora import corpus_fingerprint, dialogues_corpus
 from pipeline.progress import note, progress
 from pipeline.reports import ArtifactReport
-from pipeline.stages import DRAFTER_KIND, artifact_report, fetch_target
+from pipeline.stages import DRAFTER_KIND, artifact_report, chosen_drafter, fetch_target
 from pipeline.workspace import target_workspace
 
 if TYPE_CHECKING:
@@ -54,6 +63,9 @@ def train_stage(options: TrainOptions, offline: bool | None = None) -> ArtifactR
     out = options.out or target_workspace(target) / "drafter"
     corpus = _corpus(options, target, run, config.vocab_size)
     inputs = {"target": target.fingerprint, "corpus": corpus_fingerprint(corpus)}
+    if options.start is not None:
+        hashes = "".join(map(sha256_file, weight_files(chosen_drafter(options.start))))
+        inputs["start"] = hashlib.sha256(hashes.encode()).hexdigest()
     arguments = {
         "drafter": config.model_dump(mode="json"),
         "training": training.model_dump(mode="json"),
@@ -90,6 +102,8 @@ def drafter_config(
     """The drafter to train. Raises UsageError for a rank, tap or rescoring that does not fit."""
     from drafter.heads import HEADS
 
+    if options.start is not None:
+        return _started_config(options, target, shape)
     if options.head not in HEADS:
         raise UsageError(f"--head is '{options.head}'; known heads: {', '.join(sorted(HEADS))}.")
     low_rank = options.head == "low_rank"
@@ -104,6 +118,30 @@ def drafter_config(
     if options.taps is not None:
         changes["taps"] = options.taps
     return drafter_config_for(shape, **changes)
+
+
+def _started_config(
+    options: TrainOptions, target: TargetFolder, shape: TargetConfig
+) -> DrafterConfig:
+    """The shape of the drafter that training goes on from; options of the shape would be lost."""
+    from drafter.checkpoint import check_fits
+
+    assert options.start is not None
+    if lost := sorted(options.model_fields_set & {*DrafterOptions.model_fields} - {"start"}):
+        raise UsageError(
+            f"--{lost[0].replace('_', '-')} and --start were both given; with --start the shape is "
+            f"that of the drafter in {options.start}: drop one of them."
+        )
+    folder = chosen_drafter(options.start)
+    found = read_drafter_config(folder)
+    check_fits(found, shape, folder)
+    tokenizer = vocabulary_sha256(target.path / "tokenizer.json")
+    if found.tokenizer_sha256 not in (None, tokenizer):
+        raise UsageError(
+            f"the drafter in {folder} was trained for another tokenizer than that of "
+            f"{options.target}; drop --start, or train on for its own target."
+        )
+    return found
 
 
 def _corpus(options: TrainOptions, target: TargetFolder, run: Path, vocab_size: int) -> Path:
@@ -196,21 +234,25 @@ def _train(
 ) -> Drafter:
     import torch
 
-    from drafter.checkpoint import load_target
+    from drafter.checkpoint import load_drafter, load_target
     from drafter.start import start_drafter
     from drafter.training import train
 
     model = load_target(target.path, config.taps)
-    states = torch.cat([d.states[d.mask] for d in documents[:_STATE_DOCUMENTS]]).float()
-    drafter = start_drafter(
-        config,
-        model,
-        head_init=options.head_init,
-        from_target=options.from_target,
-        states=states,
-        seed=training.seed,
-    )
-    del model, states
+    if options.start is not None:
+        drafter = load_drafter(chosen_drafter(options.start), model).train()
+    else:
+        states = torch.cat([d.states[d.mask] for d in documents[:_STATE_DOCUMENTS]]).float()
+        drafter = start_drafter(
+            config,
+            model,
+            head_init=options.head_init,
+            from_target=options.from_target,
+            states=states,
+            seed=training.seed,
+        )
+        del states
+    del model
     with progress("train") as tell:
         return train(drafter, documents, training, run, lambda r: tell(_state(r), r.step / r.steps))
 

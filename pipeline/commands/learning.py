@@ -88,6 +88,14 @@ def train(
         Path | None,
         o.option("--dialogues", help="JSONL file (or .gz) of prompt_ids and response_ids instead."),
     ] = None,
+    start: Annotated[
+        str | None,
+        o.option(
+            "--start",
+            help="Train on from this drafter: a folder, or one that comes with this package.",
+            default="a fresh one",
+        ),
+    ] = None,
     head: Annotated[
         str | None,
         o.option(
@@ -187,6 +195,7 @@ def train(
       pipeline train --dialogues corpus.jsonl.gz
       pipeline train --target ./my-llama --corpus ./corpus --epochs 4 --out ./my-drafter
       pipeline train --head dense --run ./dense-run --out ./dense-drafter
+      pipeline train --start smollm2-135m --loss lk_hybrid --epochs 2 --out ./better
     """
     from pipeline.training import train_stage
 
@@ -211,6 +220,7 @@ def train(
         target=target,
         corpus=corpus,
         dialogues=dialogues,
+        start=start,
         head=head,
         rank=rank,
         rescore=rescore,

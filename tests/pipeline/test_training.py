@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import SafetensorError
 
 from drafter.artifact import read_artifact
@@ -64,6 +65,27 @@ def test_the_same_command_again_is_up_to_date_and_other_data_needs_another_run(
     assert train(tiny_llama_dir, *arguments).code == 0
     assert train(tiny_llama_dir, *arguments, "--json").json["up_to_date"] is True
     assert_refused(train(tiny_llama_dir, *arguments, "--rank=16"), 2, "another drafter", "--run")
+
+
+def test_training_goes_on_from_a_drafter(
+    cache: Path, tiny_llama_dir: Path, dialogues: Path, tmp_path: Path
+) -> None:
+    """With a rate of next to nothing the weights stay where they started: at those of `--start`."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    data = (f"--target={tiny_llama_dir}", f"--dialogues={dialogues}", "--epochs=1")
+    assert train(tiny_llama_dir, *data[1:], f"--out={first}").code == 0
+    more = ("--batch-tokens=64", "--precision=fp32", "--learning-rate=1e-12", f"--start={first}")
+    result = run_command("train", *data, *more, f"--run={tmp_path / 'r'}", f"--out={second}")
+    assert result.code == 0, result.err
+    target = load_target(tiny_llama_dir)
+    before, after = load_drafter(first, target), load_drafter(second, target)
+    assert after.config == before.config
+    for name, weight in before.state_dict().items():
+        torch.testing.assert_close(after.state_dict()[name], weight, atol=1e-6, rtol=0)
+    both = run_command("train", *data, *more, "--rank=8", f"--run={tmp_path / 'r'}")
+    assert_refused(both, 2, "--rank", "--start")
+    nowhere = run_command("train", *data, *more[:-1], "--start=nowhere")
+    assert_refused(nowhere, 2, "nowhere")
 
 
 def test_a_drafter_of_one_s_own_is_found_for_its_target(

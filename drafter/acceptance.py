@@ -1,9 +1,8 @@
 """How well a drafter guesses, measured on held-out documents with the full vocabulary.
 
 Per draft step k (teacher-forced, as in training): alpha (acceptance at temperature 1), `top1` (the
-drafter's first
-choice is the target's argmax) and `top4` (the target's argmax is among the drafter's four best).
-Expected tau of a chain = 1 + sum_k prod_{j<=k} alpha_j, bonus token included.
+drafter's first choice is the target's argmax) and `top4` (the target's argmax is among the
+drafter's four best). Expected tau of a chain = 1 + sum_k prod_{j<=k} alpha_j, bonus token included.
 """
 
 from __future__ import annotations

@@ -139,8 +139,8 @@ def read_artifact(
     """Check the artifact in `folder` and return its manifest.
 
     `verify`: True compares sizes and hashes, "size" only sizes, False only the manifest itself.
-    `mend` is the command that makes the artifact anew; it ends every error message.
-    Raises `UsageError` naming the field, the value found and the value needed.
+    `mend` is the command that makes the artifact anew; it ends every error message. Raises
+    `UsageError` naming the field, the value found and the value needed.
     """
     folder = Path(folder)
     remedy = f"; run `{mend}`" if mend else ""

@@ -34,8 +34,7 @@ def epoch_order(
     """Document indices of every batch of an epoch. Each document appears once.
 
     Documents are shuffled, sorted by length within windows of 256, cut into batches of at most
-    `batch_tokens` padded
-    tokens (one document at least), and the batches shuffled.
+    `batch_tokens` padded tokens (one document at least), and the batches shuffled.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     shuffled = torch.randperm(len(lengths), generator=generator).tolist()

@@ -1,11 +1,9 @@
 """Run the target over a corpus once and keep what training needs of it.
 
 Per token: the taps [n_taps * H], the final-normed state [H] (the teacher's logits are recomputed
-from it by the
-frozen head) and the ids of the teacher's few likeliest tokens. bfloat16, one safetensors file a
-shard:
-about 4.6 KB a token at H = 576. A shard that exists is not made again, so a killed capture goes on
-where it was.
+from it by the frozen head) and the ids of the teacher's few likeliest tokens. bfloat16, one
+safetensors file a shard: about 4.6 KB a token at H = 576. A shard that exists is not made again, so
+a killed capture goes on where it was.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """Load a target from a Hugging Face folder; save and load the native drafter checkpoint.
 
 Native drafter: `config.json` + `model.safetensors` with the names of `drafter.eagle3.Drafter` (low-
-rank factors as
-`lm_head.down.weight` [r, H] and `lm_head.up.weight` [V, r]). Missing and unexpected keys are both
-errors.
-safetensors only; weights are read memory-mapped, one tensor at a time.
+rank factors as `lm_head.down.weight` [r, H] and `lm_head.up.weight` [V, r]). Missing and unexpected
+keys are both errors. safetensors only; weights are read memory-mapped, one tensor at a time.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """Shapes of a target and of its drafter, read from JSON and checked once.
 
 `TargetConfig` is what a Hugging Face `config.json` says of a decoder, in our words; `DrafterConfig`
-is our own
-native `config.json`. Unknown keys in ours are refused; a target's file has many keys we do not
-need.
-Tap ids mean "input of layer i" (the residual stream before layer i), 0-based.
+is our own native `config.json`. Unknown keys in ours are refused; a target's file has many keys we
+do not need. Tap ids mean "input of layer i" (the residual stream before layer i), 0-based.
 """
 
 from __future__ import annotations
@@ -69,9 +67,8 @@ class DrafterConfig(BaseModel):
 
     `tokenizer_sha256` is `drafter.tokenizer.vocabulary_sha256` of the target's tokenizer.
     `lm_head_rank` is None for a dense head; `rescore` is the number of preview candidates that get
-    exact
-    scores from the target's own head rows (0: none). `top_k` is how many candidates the graphs
-    return.
+    exact scores from the target's own head rows (0: none). `top_k` is how many candidates the
+    graphs return.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

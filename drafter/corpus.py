@@ -2,9 +2,8 @@
 shards.
 
 A document is `prompt_ids + response_ids`; the mask is 1 on response tokens. A shard holds `ids`
-int32 [N],
-`mask` uint8 [N] and `offsets` int64 [documents + 1]. Shards are named `shard-00000.safetensors` and
-never grow.
+int32 [N], `mask` uint8 [N] and `offsets` int64 [documents + 1]. Shards are named
+`shard-00000.safetensors` and never grow.
 """
 
 from __future__ import annotations

@@ -2,12 +2,10 @@
 Qwen3).
 
 Nothing is implicit: keys and values come in and go out, the mask is bool (True = attend), positions
-are given.
-The cache is sequence-major, `[B, P, kv_heads * head_dim]`, and a call returns only the rows it
-made.
-`taps` are the residual stream *before* the layers named in `taps` ("input of layer i"), before any
-norm.
-Parameter names are those of Hugging Face checkpoints, so weights load without a map.
+are given. The cache is sequence-major, `[B, P, kv_heads * head_dim]`, and a call returns only the
+rows it made. `taps` are the residual stream *before* the layers named in `taps` ("input of layer
+i"), before any norm. Parameter names are those of Hugging Face checkpoints, so weights load without
+a map.
 """
 
 from __future__ import annotations

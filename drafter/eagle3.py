@@ -2,11 +2,9 @@
 2503.01840).
 
 Two entry points, never chosen by tensor width: `extend` takes target taps (fused by `fc`), `step`
-takes the
-drafter's own previous pre-norm state. Slot j holds the feature of position j and the embedding of
-token j+1, at
-rotary position j; its output is the law of token j+2. The embedding is the target's, frozen, and
-never in a checkpoint.
+takes the drafter's own previous pre-norm state. Slot j holds the feature of position j and the
+embedding of token j+1, at rotary position j; its output is the law of token j+2. The embedding is
+the target's, frozen, and never in a checkpoint.
 """
 
 from __future__ import annotations

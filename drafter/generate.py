@@ -1,10 +1,9 @@
 """On-policy corpora: prompts answered by the target itself, in batches, shard by shard.
 
 Only the target's own answers teach a drafter what the target will say. Prompts come as token ids;
-`self_prompts`
-lets the model write the user turns too. Every document is a pure function of (seed, shard), so a
-killed run goes on
-with the first missing shard. Temperatures rotate over the documents.
+`self_prompts` lets the model write the user turns too. Every document is a pure function of (seed,
+shard), so a killed run goes on with the first missing shard. Temperatures rotate over the
+documents.
 """
 
 from __future__ import annotations

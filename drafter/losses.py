@@ -6,8 +6,8 @@ Inputs are `log_p`, `log_q` [N, V], each normalised; values are per row, [N]. LK
     alpha = sum_x min(p, q) = 1 - TV(p, q)
     LK hybrid = lam KL(p||q) + (1 - lam) TV,  lam = exp(-eta sg[mean alpha])   (Eq. 4, 5; eta = 3)
 Each loss has a readable form (differentiated by autograd, the reference) and its gradient with
-respect to q's
-scores in closed form: KL gives q - p, TV gives 1/2 q (s - E_q[s]) with s = sign(q - p).
+respect to q's scores in closed form: KL gives q - p, TV gives 1/2 q (s - E_q[s]) with
+s = sign(q - p).
 """
 
 from __future__ import annotations
@@ -78,8 +78,7 @@ class Loss:
     respect to q's scores.
 
     `mean_alpha` is the draft step's mean alpha over batch and sequence, a constant without
-    gradient;
-    `uses_alpha` says whether the loss depends on it.
+    gradient; `uses_alpha` says whether the loss depends on it.
     """
 
     value: Callable[[Tensor, Tensor, float], Tensor]

@@ -2,10 +2,9 @@
 rest.
 
 A sampled row stands for w rows of the vocabulary: adding log w to its score (teacher's and
-drafter's alike) makes
-softmax over the sample an estimate of softmax over the vocabulary, and every loss works on it
-unchanged.
-Rows that any teacher law of the batch finds likely are always in, with w = 1.
+drafter's alike) makes softmax over the sample an estimate of softmax over the vocabulary, and every
+loss works on it unchanged. Rows that any teacher law of the batch finds likely are always in, with
+w = 1.
 """
 
 from __future__ import annotations

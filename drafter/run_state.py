@@ -2,8 +2,7 @@
 JSON.
 
 Both files are written under temporary names and renamed, tensors first; the JSON names the tensors'
-hash, so a crash
-between the two renames is noticed rather than resumed from.
+hash, so a crash between the two renames is noticed rather than resumed from.
 """
 
 from __future__ import annotations

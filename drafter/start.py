@@ -1,10 +1,9 @@
 """A drafter before training: random, or started from the target's own weights.
 
 `from_target`: `fc` passes the highest tap through, attention and MLP are the target's last layer
-acting on the hidden
-half of the input (the embedding half starts small), and the final norm is the target's. The head's
-low-rank factors
-start as `activation-pca` of the target's final states, or `random`.
+acting on the hidden half of the input (the embedding half starts small), and the final norm is the
+target's. The head's low-rank factors start as `activation-pca` of the target's final states, or
+`random`.
 """
 
 from __future__ import annotations

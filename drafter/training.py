@@ -2,11 +2,9 @@
 gradients.
 
 A run lives in one folder: `state-{step}.safetensors` + `state.json` (everything needed to go on to
-the bit), `log.jsonl`
-(one line a logged step) and, at the end, the drafter checkpoint. Killing it loses at most the
-minutes since the last
-state. Data order and sampled vocabulary rows are pure functions of (seed, step), so a resumed run
-repeats nothing.
+the bit), `log.jsonl` (one line a logged step) and, at the end, the drafter checkpoint. Killing it
+loses at most the minutes since the last state. Data order and sampled vocabulary rows are pure
+functions of (seed, step), so a resumed run repeats nothing.
 """
 
 from __future__ import annotations
@@ -106,8 +104,7 @@ def train(
     """Train in place, resuming from `run` when it holds a state of the same config.
 
     `stop_after` ends the call after so many steps of this call, with the state saved (used by tests
-    and time budgets).
-    Raises UsageError when the folder holds a run of another config.
+    and time budgets). Raises UsageError when the folder holds a run of another config.
     """
     run.mkdir(parents=True, exist_ok=True)
     for parameter in drafter.parameters():
@@ -174,9 +171,8 @@ def batch_loss(
     """The objective of one batch and the mean alpha of each draft step.
 
     A rescoring head is trained in two parts: the drafter against the exact rows it will be scored
-    with, and the
-    low-rank preview, on detached states, against the same teacher (its job is to rank what the
-    exact rows rescore).
+    with, and the low-rank preview, on detached states, against the same teacher (its job is to rank
+    what the exact rows rescore).
     """
     kind = torch.bfloat16 if config.precision == "bf16" else torch.float32
     drafted, teacher, rows = _draft(drafter, batch, config, step, kind)

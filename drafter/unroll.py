@@ -2,11 +2,9 @@
 (EAGLE-3).
 
 Step k feeds slot t the token x_{t+1+k} (teacher-forced) and, from step 1 on, its own state of step
-k-1, at rotary
-position t+k. A query at slot t sees the step-0 keys 0..t and, of each step 1..k, only its own
-slot's key: exactly the
-prefix plus the chain that decoding has. The teacher of step k at slot t is the target's law after
-x_0..x_{t+1+k}.
+k-1, at rotary position t+k. A query at slot t sees the step-0 keys 0..t and, of each step 1..k,
+only its own slot's key: exactly the prefix plus the chain that decoding has. The teacher of step k
+at slot t is the target's law after x_0..x_{t+1+k}.
 """
 
 from __future__ import annotations

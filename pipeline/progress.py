@@ -1,8 +1,8 @@
 """Progress of long steps on standard error, so that standard output holds the result alone.
 
 `progress(label)` yields `tell(what, share)`: what is being done, how much of it is done (0 to 1,
-None where that is not known).
-On a terminal that is a live bar; elsewhere a line when something new happens, not too often.
+None where that is not known). On a terminal that is a live bar; elsewhere a line when something new
+happens, not too often.
 """
 
 from __future__ import annotations

@@ -96,7 +96,9 @@ def decode(
     limit = min(request.max_tokens, target.max_context - len(request.prompt))
     clock = _Clock(target, drafter)
     root, pending = _prefill(target, drafter, request, dice)
-    lookup = SuffixLookup() if drafter is not None and request.tree.lookup else None
+    lookup = None
+    if drafter is not None and request.tree.lookup:
+        lookup = SuffixLookup(request.sampling.temperature)
     if lookup is not None:
         lookup.add([*request.prompt, root])
     block, finish = _cut([root], request.stop_ids, limit)

@@ -2,8 +2,8 @@
 
 A round is one target pass after the prompt's: it emits the accepted tokens and one bonus token. The
 prompt's pass emits the first token and is no round. Only tokens that reach the user count: what a
-round accepted beyond a stop or the token limit is in no figure. So, for one request,
-tokens = 1 + tau * rounds, and plain decoding has tau = 1.
+round accepted beyond a stop or the token limit is in no figure. So, for one request, tokens = 1 +
+tau * rounds, and plain decoding has tau = 1.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Try draft trees on one engine and print tau and speed against plain decoding, best last.
 
 Every tree answers every prompt, trees interleaved, so that a noisy machine is equally unkind to
-all. Tune on prompts
-you will not report: the fixed 40 of `pipeline evaluate` are left for that.
+all. Tune on prompts you will not report: the fixed 40 of `pipeline evaluate` are left for that.
 
     python scripts/sweep_trees.py ENGINE prompts.jsonl 4,4,8,0.03,8 4,4,12,0.03,8 ...
 

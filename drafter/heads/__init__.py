@@ -1,8 +1,7 @@
 """Heads: drafter state -> next-token scores over the full vocabulary.
 
 A head is an `nn.Module` with `scores(h)`, `row_scores(h, rows)` and `top_k(h, k)`; `h` is the
-final-normed state
-`[..., H]`. `HEADS` names them; adding one is a file here and a line there.
+final-normed state `[..., H]`. `HEADS` names them; adding one is a file here and a line there.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """The SlimSpec head: z = W_up (W_down h), rank r, no bias, full vocabulary (arXiv 2605.10453).
 
 With `rescore: m` the low-rank scores are a preview: its top m candidates are scored again with
-those m rows of the
-target's own head, which is in memory anyway. The preview then has only to rank, not to score.
-Factor names avoid `up_proj`/`down_proj`, which other loaders rewrite.
+those m rows of the target's own head, which is in memory anyway. The preview then has only to rank,
+not to score. Factor names avoid `up_proj`/`down_proj`, which other loaders rewrite.
 """
 
 from __future__ import annotations
@@ -79,8 +78,7 @@ def activation_pca(states: Tensor, rank: int) -> Tensor:
     """The top-`rank` eigenvectors of the states' second moment, as W_down [r, H].
 
     states [N, H]: drafter-head inputs. With U = W_down^T, W_up = W_target U makes z the target's
-    scores of the
-    projected state U U^T h.
+    scores of the projected state U U^T h.
     """
     flat = states.reshape(-1, states.shape[-1]).double()
     if flat.shape[0] < rank:

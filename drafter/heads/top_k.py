@@ -22,8 +22,7 @@ def largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest scores [..., V] and their ids, in falling order, ties to the lower id.
 
     `torch.topk` leaves ties open; a stable sort of its (few) winners by id, then by score, settles
-    their order.
-    Which of several scores equal to the k-th is kept remains topk's choice.
+    their order. Which of several scores equal to the k-th is kept remains topk's choice.
     """
     values, ids = scores.topk(k, dim=-1)  # [..., K]
     ids, order = ids.sort(dim=-1)

@@ -198,3 +198,14 @@ def test_guesses_add_to_a_drafter_that_knows_nothing() -> None:
 def test_a_lookup_that_is_no_count_is_refused(value: object) -> None:
     with pytest.raises(UsageError, match="tree lookup is"):
         TreeConfig(lookup=value)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("temperature", "chance"), [(0.0, 0.2), (0.5, 0.15), (1.0, 0.1), (2.0, 0.1)]
+)
+def test_the_prior_falls_with_the_temperature(temperature: float, chance: float) -> None:
+    lookup = SuffixLookup(temperature)
+    lookup.add([1, 2, 1])
+    guess = lookup.guess(1)
+    assert guess.tokens == [2]
+    assert guess.log_probs == pytest.approx([math.log(chance)])

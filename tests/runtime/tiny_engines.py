@@ -3,8 +3,8 @@
 The target is the project's own decoder with random weights. Two drafters: `random` is a real
 EAGLE-3 layer with random weights (most guesses fail); `twin` runs the target's own layers, so it
 guesses well, but it never sees x_0, and `noise` makes it as bad as wanted. Both depend on
-positions, masks, cached rows and the fed-back state, so a slip in any of them shows.
-Outputs of a run are overwritten with NaN by the next one, as the contract allows.
+positions, masks, cached rows and the fed-back state, so a slip in any of them shows. Outputs of a
+run are overwritten with NaN by the next one, as the contract allows.
 """
 
 from __future__ import annotations

@@ -16,7 +16,16 @@ from pydantic import ValidationError
 from drafter.artifact import Manifest, fingerprint, is_up_to_date, read_artifact, write_artifact
 from drafter.config import DrafterConfig, TargetConfig
 from drafter.errors import UsageError
-from engines.base import DEFAULT_TREE, INT8_GRAPHS, KIND, MEND, Engine, EngineManifest, EngineSet
+from engines.base import (
+    DEFAULT_DRAWN_TREE,
+    DEFAULT_TREE,
+    INT8_GRAPHS,
+    KIND,
+    MEND,
+    Engine,
+    EngineManifest,
+    EngineSet,
+)
 from engines.machine import physical_cores
 from export.contract import CONTRACT_VERSION, GRAPHS, GraphName, contracts
 from export.files import KIND as EXPORT_KIND
@@ -97,7 +106,7 @@ def build_engines(
     exported = read_artifact(export_folder, EXPORT_KIND, verify=True, mend=EXPORT_MEND)
     inputs = {"export": fingerprint(exported)}
     arguments = {"backend": backend, "precision": precision, "contract": CONTRACT_VERSION}
-    data = engine_data(exported, backend, precision, {**DEFAULT_TREE, **(tree or {})})
+    data = engine_data(exported, backend, precision, tree or {})
     if _unchanged(out, chosen, inputs, arguments, data):
         tell("up to date", 1.0)
         return read_artifact(out, KIND, verify=False, mend=MEND)
@@ -168,7 +177,9 @@ def find_backend(name: str) -> Backend:
 def engine_data(
     exported: Manifest, backend: str, precision: str, tree: Mapping[str, int | float]
 ) -> dict[str, Any]:
-    """The `data` of an engine manifest: the fields of `EngineManifest` but its folder."""
+    """The `data` of an engine manifest: the fields of `EngineManifest` but its folder. `tree`: what
+    differs from the default trees.
+    """
     target = TargetConfig.model_validate(exported.data["target"])
     drafter = DrafterConfig.model_validate(exported.data["drafter"])
     return {
@@ -180,7 +191,8 @@ def engine_data(
         "vocab_size": target.vocab_size,
         "backend": backend,
         "precision": precision,
-        "tree": dict(tree),
+        "tree": {**DEFAULT_TREE, **tree},
+        "drawn_tree": {**DEFAULT_DRAWN_TREE, **tree},
     }
 
 

@@ -31,12 +31,23 @@ INT8_GRAPHS: dict[str, tuple[GraphName, ...]] = {
     "int8-drafter": ("drafter_extend", "drafter_step"),
     "int8": GRAPHS,
 }
-DEFAULT_TREE: dict[str, int | float] = {
+Tree = dict[str, int | float]  # the fields of `runtime.tree.TreeConfig`
+DEFAULT_TREE: Tree = {
     "depth": 4,
     "width": 4,
     "budget": 8,
-    "min_prob": 0.04,
+    "min_prob": 0.08,
     "lookup": 8,
+    "min_level": 0.3,
+}
+# At temperature > 0 the nodes are drawn and their scores are chances of acceptance.
+DEFAULT_DRAWN_TREE: Tree = {
+    "depth": 4,
+    "width": 4,
+    "budget": 8,
+    "min_prob": 0.03,
+    "lookup": 8,
+    "min_level": 0.2,
 }
 
 
@@ -111,7 +122,8 @@ class EngineManifest(BaseModel):
     vocab_size: int
     backend: str
     precision: str
-    tree: dict[str, int | float]
+    tree: Tree
+    drawn_tree: Tree
     folder: Path
 
 

@@ -31,6 +31,7 @@ class TreeOptions(_Options):
     budget: int | None = Field(None, ge=1)
     min_prob: float | None = Field(None, ge=0, lt=1)
     lookup: int | None = Field(None, ge=0)
+    min_level: float | None = Field(None, ge=0, lt=1)
 
     def chosen(self) -> dict[str, Any]:
         """The values that were given."""

@@ -167,7 +167,7 @@ def _decode(
     from runtime.generator import Generator
 
     generator = Generator.load(engine, threads=options.threads)
-    tree = generator.tree
+    tree = generator.tree(options.temperature)
     with progress("decode") as tell:
         pairs = evaluate(generator, prompts, options, tell)
     return pairs, asdict(tree)

@@ -103,9 +103,10 @@ class Generator:
         *,
         eos_ids: Sequence[int] = (),
         tree: TreeConfig = DEFAULT_TREE,
+        drawn_tree: TreeConfig | None = None,
     ) -> None:
         self.tokenizer = tokenizer
-        self.tree = tree
+        self._tree, self._drawn_tree = tree, drawn_tree or tree
         self.eos_ids = frozenset(tokenizer.eos_ids) | frozenset(eos_ids)
         self._target = target
         self._drafter = drafter
@@ -124,13 +125,18 @@ class Generator:
             EngineDrafter(engines.extend, engines.step, manifest.drafter, context),
             ChatTokenizer.load(manifest.folder),
             eos_ids=manifest.target.eos_token_ids,
-            tree=TreeConfig.from_dict(manifest.tree) if manifest.tree else DEFAULT_TREE,
+            tree=TreeConfig.from_dict(manifest.tree),
+            drawn_tree=TreeConfig.from_dict(manifest.drawn_tree),
         )
 
     @property
     def max_context(self) -> int:
         """Most tokens that prompt and answer may have together."""
         return self._target.max_context
+
+    def tree(self, temperature: float) -> TreeConfig:
+        """The draft tree of requests that bring none: drawn trees have other scores."""
+        return self._drawn_tree if temperature > 0 else self._tree
 
     def prompt_ids(self, prompt: Prompt, raw: bool = False) -> list[int]:
         """Token ids of a prompt: messages, a text (one user message, or as is if `raw`), or ids.
@@ -221,7 +227,7 @@ class Generator:
             max_tokens=max_tokens,
             sampling=SamplingConfig(temperature, top_k, top_p, min_p, seed),
             stop_ids=self.eos_ids | frozenset(stop_token_ids),
-            tree=tree or self.tree,
+            tree=tree or self.tree(temperature),
         )
         drafter = self._drafter if speculate else None
         check_request(request, self._target, drafter)

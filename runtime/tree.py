@@ -35,7 +35,9 @@ class TreeConfig:
     `width`: nodes expanded per level and children proposed by each. `budget`: nodes kept, the root
     not counted. `min_prob`: candidates whose path probability (by the drafter) is below it are
     neither kept nor expanded; 0 turns that off. `lookup`: longest guess taken from the text so far
-    (`runtime.lookup`), which may reach below `depth`; 0 turns that off.
+    (`runtime.lookup`), which may reach below `depth`; 0 turns that off. `min_level`: where the path
+    probabilities of the nodes to expand next sum to less, drafting ends: one more drafter call
+    would cost more than it brings; 0 turns that off.
     """
 
     depth: int = 4
@@ -43,6 +45,7 @@ class TreeConfig:
     budget: int = 8
     min_prob: float = 0.0
     lookup: int = 0
+    min_level: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("depth", "width", "budget"):
@@ -51,9 +54,11 @@ class TreeConfig:
                 raise UsageError(f"tree {name} is {value!r}; it must be a whole number >= 1.")
         if isinstance(self.lookup, bool) or not isinstance(self.lookup, int) or self.lookup < 0:
             raise UsageError(f"tree lookup is {self.lookup!r}; it must be a whole number >= 0.")
-        number = isinstance(self.min_prob, (int, float)) and not isinstance(self.min_prob, bool)
-        if not number or not 0.0 <= self.min_prob < 1.0:
-            raise UsageError(f"tree min_prob is {self.min_prob!r}; it must be >= 0 and below 1.")
+        for name in ("min_prob", "min_level"):
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not 0.0 <= value < 1.0:
+                raise UsageError(f"tree {name} is {value!r}; it must be >= 0 and below 1.")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TreeConfig:
@@ -237,12 +242,15 @@ class _Pool:
         return new
 
     def frontier(self, level: range, fed: Container[int]) -> list[int]:
-        """The nodes of `level` worth expanding: its best `width` above the bar, best first.
+        """The nodes of `level` worth expanding: its best `width` above the bar, best first; none
+        where they are too unlikely together.
 
         Only a child of a node that was `fed` can be: the drafter has no state of other parents.
         """
         open_ = [n for n in level if self.parents[n] in fed and self.scores[n] > self.bar]
-        return self._best(open_, self._config.width)
+        best = self._best(open_, self._config.width)
+        together = sum(math.exp(self.scores[node]) for node in best)
+        return best if together >= self._config.min_level else []
 
     def selected(self, root: int) -> DraftTree:
         """The best `budget` candidates under the root, in flat order."""

@@ -3,9 +3,9 @@
 Every tree answers every prompt, trees interleaved, so that a noisy machine is equally unkind to
 all. Tune on prompts you will not report: the fixed 40 of `pipeline evaluate` are left for that.
 
-    python scripts/sweep_trees.py ENGINE prompts.jsonl 4,4,8,0.03,8 4,4,12,0.03,8 ...
+    python scripts/sweep_trees.py ENGINE prompts.jsonl 4,4,8,0.03,8,0 4,4,8,0.08,8,0.3 ...
 
-A tree is depth,width,budget,min_prob,lookup.
+A tree is depth,width,budget,min_prob,lookup,min_level.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from runtime.tree import TreeConfig
 
 
 def parse_tree(text: str) -> TreeConfig:
-    """`4,4,12,0.03,8` -> TreeConfig."""
-    depth, width, budget, min_prob, lookup = text.split(",")
-    return TreeConfig(int(depth), int(width), int(budget), float(min_prob), int(lookup))
+    """`4,4,12,0.03,8,0.3` -> TreeConfig."""
+    depth, width, budget, min_prob, lookup, min_level = text.split(",")
+    shape = (int(depth), int(width), int(budget))
+    return TreeConfig(*shape, float(min_prob), int(lookup), float(min_level))
 
 
 def summary(completions: list[Completion], plain: list[Completion]) -> tuple[float, float, float]:

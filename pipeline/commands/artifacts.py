@@ -72,6 +72,7 @@ def build_engine(
     budget: o.Budget = None,
     min_prob: o.MinProb = None,
     lookup: o.Lookup = None,
+    min_level: o.MinLevel = None,
     out: o.Out = None,
     as_json: o.Json = False,
 ) -> None:
@@ -98,6 +99,7 @@ def build_engine(
         budget=budget,
         min_prob=min_prob,
         lookup=lookup,
+        min_level=min_level,
     )
     report = build_stage(export or last_export(), chosen, out)
     print_artifact(report, as_json)

@@ -46,6 +46,7 @@ def generate(
     budget: o.Budget = None,
     min_prob: o.MinProb = None,
     lookup: o.Lookup = None,
+    min_level: o.MinLevel = None,
     threads: o.Threads = None,
     as_json: o.Json = False,
 ) -> None:
@@ -61,7 +62,13 @@ def generate(
 
     decode = options(DecodeOptions, max_tokens=max_tokens, temperature=temperature, seed=seed)
     tree = options(
-        TreeOptions, depth=depth, width=width, budget=budget, min_prob=min_prob, lookup=lookup
+        TreeOptions,
+        depth=depth,
+        width=width,
+        budget=budget,
+        min_prob=min_prob,
+        lookup=lookup,
+        min_level=min_level,
     )
     asked = _prompt(prompt, system, raw)
     folder = engine or last_engine()
@@ -78,7 +85,7 @@ def generate(
         min_p=min_p,
         stop=stop or (),
         speculate=not no_speculation,
-        tree=_tree(generator, tree),
+        tree=_tree(generator, tree, decode.temperature),
         raw=raw,
     )
     for piece in pieces:
@@ -103,6 +110,7 @@ def evaluate(
     budget: o.Budget = None,
     min_prob: o.MinProb = None,
     lookup: o.Lookup = None,
+    min_level: o.MinLevel = None,
     threads: o.Threads = None,
     details: Annotated[
         Path | None, o.option("--details", help="JSONL file for the figures of every prompt.")
@@ -129,7 +137,13 @@ def evaluate(
 
     decode = options(DecodeOptions, max_tokens=max_tokens, temperature=temperature, seed=seed)
     tree = options(
-        TreeOptions, depth=depth, width=width, budget=budget, min_prob=min_prob, lookup=lookup
+        TreeOptions,
+        depth=depth,
+        width=width,
+        budget=budget,
+        min_prob=min_prob,
+        lookup=lookup,
+        min_level=min_level,
     )
     if details is not None:
         check_writable(details)
@@ -137,7 +151,7 @@ def evaluate(
     chosen = choose_prompts(_prompt_options(prompts), o.offline(offline))
     generator = Generator.load(folder, threads=threads)
     with progress("evaluate") as tell:
-        pairs = measure(generator, chosen, decode, tell, _tree(generator, tree))
+        pairs = measure(generator, chosen, decode, tell, _tree(generator, tree, decode.temperature))
     report = summarise(pairs)
     if details is not None:
         write_lines(details, [pair.to_json() for pair in pairs])
@@ -241,11 +255,11 @@ def _prompt_options(prompts: str | None) -> RunOptions:
     return options(RunOptions, prompts=count, prompt_file=file)
 
 
-def _tree(generator: Generator, chosen: TreeOptions) -> TreeConfig:
-    """The engine's tree with the values given on the command line."""
+def _tree(generator: Generator, chosen: TreeOptions, temperature: float) -> TreeConfig:
+    """The engine's tree for this temperature with the values given on the command line."""
     from dataclasses import replace
 
-    return replace(generator.tree, **chosen.chosen())
+    return replace(generator.tree(temperature), **chosen.chosen())
 
 
 def _precision(engine: Path) -> str:

@@ -84,6 +84,14 @@ MinProb = Annotated[
     float | None,
     option("--min-prob", help="Drop nodes less likely than this.", default="the engine's"),
 ]
+MinLevel = Annotated[
+    float | None,
+    option(
+        "--min-level",
+        help="Draft no further below a level whose nodes are less likely than this together.",
+        default="the engine's",
+    ),
+]
 Lookup = Annotated[
     int | None,
     option(

@@ -28,6 +28,7 @@ def run(
     budget: o.Budget = None,
     min_prob: o.MinProb = None,
     lookup: o.Lookup = None,
+    min_level: o.MinLevel = None,
     out: o.Out = None,
     json_file: Annotated[
         Path | None, o.option("--json", help="File for the report, see docs/json.md.")
@@ -68,6 +69,7 @@ def run(
         budget=budget,
         min_prob=min_prob,
         lookup=lookup,
+        min_level=min_level,
         out=out,
     )
     from pipeline.run import run as run_all

@@ -12,7 +12,7 @@ from drafter.artifact import fingerprint, read_artifact
 from drafter.errors import CheckFailed, UsageError
 from engines import BACKENDS, build_engines, open_engines
 from engines.backends import Backend
-from engines.base import DEFAULT_TREE, KIND
+from engines.base import DEFAULT_DRAWN_TREE, DEFAULT_TREE, KIND
 from engines.cases import make_cases
 from engines.onnxruntime_build import build_graphs
 from export.files import KIND as EXPORT_KIND
@@ -38,9 +38,10 @@ def test_an_engine_says_what_the_runtime_must_know(source: Source, engine_dir: P
     assert (manifest.target, manifest.drafter) == source.configs
     assert manifest.taps == source.target.taps
     assert (manifest.backend, manifest.precision) == ("onnxruntime", "fp32")
-    assert (manifest.top_k, manifest.vocab_size, manifest.max_context) == (16, 320, 128)
+    assert (manifest.top_k, manifest.vocab_size, manifest.max_context) == (24, 320, 128)
     assert manifest.folder == engine_dir.resolve()
     assert manifest.tree == DEFAULT_TREE
+    assert manifest.drawn_tree == DEFAULT_DRAWN_TREE
 
 
 def test_an_engine_is_an_artifact_of_its_export(source: Source, engine_dir: Path) -> None:
@@ -71,7 +72,8 @@ def test_an_engine_is_built_again_when_it_would_differ(
     manifest = build_engines(source.export, own_engine, threads=1, tree=tree)
     expected = 7 if change == "tree" else DEFAULT_TREE["budget"]
     assert (own_engine / "weights.bin").stat().st_ino != before
-    assert manifest.data["tree"]["budget"] == expected  # type: ignore[index, call-overload]
+    for kind in ("tree", "drawn_tree"):
+        assert manifest.data[kind]["budget"] == expected  # type: ignore[index, call-overload]
     assert manifest.versions["onnxruntime"] != "0.1"
 
 

@@ -44,6 +44,16 @@ def generator_of(model: Tiny) -> Generator:
     return Generator(model.target, model.drafter, TinyTokenizer(), tree=TREE)
 
 
+def test_requests_that_draw_have_a_tree_of_their_own() -> None:
+    model = tiny()
+    drawn = TreeConfig(2, 3, 5)
+    generator = Generator(model.target, model.drafter, TinyTokenizer(), tree=TREE, drawn_tree=drawn)
+    assert (generator.tree(0.0), generator.tree(0.5)) == (TREE, drawn)
+    last = generator.generate([1, 2, 3], max_tokens=9, temperature=1.0, seed=0)
+    assert len(last.acceptance_by_depth) >= drawn.depth
+    assert len(generator.generate([1, 2, 3], max_tokens=9).acceptance_by_depth) >= TREE.depth
+
+
 GENERATORS = [generator_of(tiny(seed, sharpness=3.0)) for seed in range(3)]
 
 

@@ -72,6 +72,11 @@ class Oracle:
                         level.append(((*path, token), total))
             pool += level
             frontier = sorted(level, key=lambda item: -item[1])[: config.width]  # stable
+            scores = sorted((score for _, score in pool), reverse=True)
+            bar = scores[config.budget - 1] if len(scores) >= config.budget else -math.inf
+            useful = [score for _, score in frontier if score > bar]  # whose children may be kept
+            if sum(map(math.exp, useful)) < config.min_level:
+                break
         order = sorted(range(len(pool)), key=lambda flat: (-pool[flat][1], flat))
         return [pool[flat] for flat in sorted(order[: config.budget])]
 
@@ -86,6 +91,7 @@ configs = st.builds(
     width=st.integers(1, TOP_K),
     budget=st.integers(1, 24),
     min_prob=st.sampled_from([0.0, 0.0, 0.05, 0.3]),
+    min_level=st.sampled_from([0.0, 0.0, 0.1, 0.5]),
 )
 oracles = st.builds(
     Oracle,
@@ -207,10 +213,11 @@ class TestTreeConfig:
         with pytest.raises(UsageError, match=f"tree {name} is"):
             TreeConfig(**{name: value})  # type: ignore[arg-type]
 
+    @pytest.mark.parametrize("name", ["min_prob", "min_level"])
     @pytest.mark.parametrize("value", [-0.1, 1.0, math.nan, "x"])
-    def test_refuses_a_threshold_that_is_no_probability(self, value: object) -> None:
-        with pytest.raises(UsageError, match="min_prob is"):
-            TreeConfig(min_prob=value)  # type: ignore[arg-type]
+    def test_refuses_a_threshold_that_is_no_probability(self, name: str, value: object) -> None:
+        with pytest.raises(UsageError, match=f"{name} is"):
+            TreeConfig(**{name: value})  # type: ignore[arg-type]
 
     def test_reads_a_manifest(self) -> None:
         assert TreeConfig.from_dict({"depth": 3, "budget": 5}) == TreeConfig(3, 4, 5)

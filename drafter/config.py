@@ -147,12 +147,17 @@ def drafter_config_for(target: TargetConfig, **changes: Any) -> DrafterConfig:
         "max_positions": target.max_positions,
     }
     fields.update(changes)
-    # Drawing at temperature > 0 wants much of the law's mass; a rescored head knows `rescore` rows.
-    limit = fields.get("rescore") or target.vocab_size
-    fields.setdefault("top_k", min(64, limit, target.vocab_size))
+    fields.setdefault("top_k", default_top_k(fields.get("rescore", 0), target.vocab_size))
     if fields.get("head", "low_rank") == "low_rank" and fields.get("lm_head_rank") is None:
         fields["lm_head_rank"] = default_rank(fields["hidden_size"])
     return checked_drafter_config(fields, "drafter options")
+
+
+def default_top_k(rescore: int, vocab_size: int) -> int:
+    """Candidates that the graphs return: drawing at temperature > 0 wants much of the law's mass,
+    and a rescored head knows exact scores of `rescore` rows only (at least 16 are asked of it).
+    """
+    return min(64, max(16, rescore or vocab_size), vocab_size)
 
 
 def checked_drafter_config(fields: dict[str, Any], where: str) -> DrafterConfig:

@@ -81,13 +81,14 @@ class OnnxRuntimeEngine:
         return bound.tensors
 
     def decode(self, feeds: Mapping[str, npt.NDArray[Any]], past: CachedRows) -> Arrays:
-        """See `engines.base.Engine`. Feeds are trusted: the decode loop makes them."""
+        """See `engines.base.Engine`. Raises UsageError for feeds that break the contract."""
+        self._check_rows(feeds, past)
         bound = self._bound(feeds)
         bind = bound.binding.bind_input
         for name, dtype, onnx_type in self._fed:
             array = feeds[name]
-            assert array.dtype == dtype
-            assert array.flags.c_contiguous
+            if array.dtype != dtype or not array.flags.c_contiguous:
+                self._refuse(feeds_as_tensors(self, feeds, past))
             bind(name, "cpu", 0, onnx_type, array.shape, array.__array_interface__["data"][0])
         address, stride = past.block.__array_interface__["data"][0], past.block.strides[0]
         shape = (1, past.length, past.block.shape[2])
@@ -98,6 +99,20 @@ class OnnxRuntimeEngine:
             bound.binding, lambda: self._contract.check(feeds_as_tensors(self, feeds, past))
         )
         return bound.arrays
+
+    def _check_rows(self, feeds: Mapping[str, npt.NDArray[Any]], past: CachedRows) -> None:
+        """Memory is read by address: what is not there must not be asked for."""
+        missing = [name for name, _, _ in self._fed if name not in feeds]
+        if missing:
+            raise UsageError(f"Graph '{self.name}' needs the input '{missing[0]}'.")
+        layers, capacity, _ = past.block.shape
+        fits = layers == len(self._cached) and past.length <= capacity
+        if not fits or past.block.dtype != np.float32 or not past.block.flags.c_contiguous:
+            raise UsageError(
+                f"Graph '{self.name}': the cached rows are {past.block.dtype} "
+                f"{list(past.block.shape)} with {past.length} in use; they must be contiguous "
+                f"float32 [{len(self._cached)}, at least {past.length}, KV]."
+            )
 
     def _execute(self, binding: ort.IOBinding, check: Callable[[], object]) -> None:
         try:

@@ -71,7 +71,7 @@ def find_drafter(target: TargetFolder, chosen: str | None) -> Path:
     Raises UsageError for a wrong choice or a damaged drafter, MissingError where there is none.
     """
     if chosen is not None:
-        return _checked(chosen_drafter(chosen))
+        return _checked(_chosen_drafter(chosen))
     own = [pretrained_folder() / target.name] if target.builtin else []
     for folder in (*own, target_workspace(target) / "drafter"):
         if folder.is_dir():
@@ -93,16 +93,16 @@ def _argument(target: TargetFolder) -> str:
     return target.name if target.builtin else str(target.path)
 
 
-def chosen_drafter(chosen: str) -> Path:
+def _chosen_drafter(chosen: str) -> Path:
     """A drafter's folder, from a path or the name of one that comes with this package."""
     folder = Path(os.path.expanduser(chosen))
-    if os.path.isdir(folder):
+    if chosen and os.path.isdir(folder):
         return folder.resolve()
     if chosen in pretrained_names():
         return pretrained_folder() / chosen
     raise UsageError(
-        f"the drafter {chosen} is neither a folder nor one that comes with this package "
-        f"({', '.join(pretrained_names()) or 'none'})."
+        f"the drafter {chosen or repr(chosen)} is neither a folder nor one that comes with this "
+        f"package ({', '.join(pretrained_names()) or 'none'})."
     )
 
 
@@ -173,7 +173,7 @@ def check_stage(
         )
     else:
         target_folder = known.target
-        drafter_folder = known.drafter if drafter is None else _checked(chosen_drafter(drafter))
+        drafter_folder = known.drafter if drafter is None else _checked(_chosen_drafter(drafter))
         export = export or known.export
     with progress("check") as tell:
         return run_check(

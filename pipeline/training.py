@@ -27,6 +27,7 @@ from drafter.artifact import (
 from drafter.config import (
     DrafterConfig,
     TargetConfig,
+    default_top_k,
     drafter_config_for,
     read_drafter_config,
     read_json,
@@ -40,7 +41,7 @@ from pipeline.config import DrafterOptions, TrainOptions
 from pipeline.corpora import corpus_fingerprint, dialogues_corpus
 from pipeline.progress import note, progress
 from pipeline.reports import ArtifactReport
-from pipeline.stages import DRAFTER_KIND, artifact_report, chosen_drafter, fetch_target
+from pipeline.stages import DRAFTER_KIND, artifact_report, fetch_target, find_drafter
 from pipeline.workspace import target_workspace
 
 if TYPE_CHECKING:
@@ -64,8 +65,7 @@ def train_stage(options: TrainOptions, offline: bool | None = None) -> ArtifactR
     corpus = _corpus(options, target, run, config.vocab_size)
     inputs = {"target": target.fingerprint, "corpus": corpus_fingerprint(corpus)}
     if options.start is not None:
-        hashes = "".join(map(sha256_file, weight_files(chosen_drafter(options.start))))
-        inputs["start"] = hashlib.sha256(hashes.encode()).hexdigest()
+        inputs["start"] = _start_fingerprint(find_drafter(target, options.start), out)
     arguments = {
         "drafter": config.model_dump(mode="json"),
         "training": training.model_dump(mode="json"),
@@ -120,6 +120,20 @@ def drafter_config(
     return drafter_config_for(shape, **changes)
 
 
+def _start_fingerprint(start: Path, out: Path) -> str:
+    """Hex SHA-256 of the weights that training goes on from. Raises UsageError for a damaged
+    drafter, or when the result would replace it.
+    """
+    from drafter.checkpoint import read_tensors
+
+    if start.resolve() == out.resolve():
+        raise UsageError(f"--start and --out are both {out}; give another --out folder.")
+    for _ in read_tensors(start):  # a damaged file is found now, not after the capture
+        pass
+    hashes = "".join(map(sha256_file, weight_files(start)))
+    return hashlib.sha256(hashes.encode()).hexdigest()
+
+
 def _started_config(
     options: TrainOptions, target: TargetFolder, shape: TargetConfig
 ) -> DrafterConfig:
@@ -128,11 +142,14 @@ def _started_config(
 
     assert options.start is not None
     if lost := sorted(options.model_fields_set & {*DrafterOptions.model_fields} - {"start"}):
+        name = lost[0].replace("_", "-")
+        if lost[0] == "from_target" and not options.from_target:
+            name = "from-random"
         raise UsageError(
-            f"--{lost[0].replace('_', '-')} and --start were both given; with --start the shape is "
-            f"that of the drafter in {options.start}: drop one of them."
+            f"--{name} and --start were both given; with --start shape and weights are those of "
+            f"the drafter in {options.start}: drop one of them."
         )
-    folder = chosen_drafter(options.start)
+    folder = find_drafter(target, options.start)
     found = read_drafter_config(folder)
     check_fits(found, shape, folder)
     tokenizer = vocabulary_sha256(target.path / "tokenizer.json")
@@ -141,7 +158,9 @@ def _started_config(
             f"the drafter in {folder} was trained for another tokenizer than that of "
             f"{options.target}; drop --start, or train on for its own target."
         )
-    return found
+    # No weight depends on how many candidates come back.
+    top_k = default_top_k(found.rescore, found.vocab_size)
+    return found.model_copy(update={"top_k": top_k})
 
 
 def _corpus(options: TrainOptions, target: TargetFolder, run: Path, vocab_size: int) -> Path:
@@ -163,8 +182,8 @@ def _claim(run: Path, made_from: dict[str, Any]) -> None:
     state = run / "run.json"
     if state.exists():
         found = read_json(state)
-        for field, needed in made_from.items():
-            if found.get(field) != needed:
+        for field in sorted({*found, *made_from}):
+            if found.get(field) != made_from.get(field):
                 raise UsageError(
                     f"{run} holds a run with another {field}; give another --run folder, or remove "
                     "this one to start anew."
@@ -240,7 +259,8 @@ def _train(
 
     model = load_target(target.path, config.taps)
     if options.start is not None:
-        drafter = load_drafter(chosen_drafter(options.start), model).train()
+        drafter = load_drafter(find_drafter(target, options.start), model).train()
+        drafter.config = config
     else:
         states = torch.cat([d.states[d.mask] for d in documents[:_STATE_DOCUMENTS]]).float()
         drafter = start_drafter(

@@ -366,13 +366,14 @@ def _rows(
     tip, guess = path.next()
     rows: list[_Row] = []
     for parent, tokens, log_probs in zip(parents, *proposals, strict=True):
-        if math.isnan(sum(log_probs)):
+        best = max(log_probs)
+        if math.isnan(sum(log_probs)) or best == math.inf:
             raise CheckFailed(
-                "the drafter's log-probabilities hold a value that is not a number; "
+                "the drafter's log-probabilities hold a value that is not a number or infinite; "
                 "run `pipeline check` on this engine."
             )
         joins = guess if parent == tip else None
-        if drawing is None:
+        if drawing is None or best == -math.inf:  # a dead end has no law to draw from
             rows.append(_ListedRow(tokens[:width], log_probs[:width], width, joins))
         else:
             rows.append(DrawnRow(tokens, log_probs, width, drawing, joins))

@@ -164,6 +164,16 @@ def test_decode_equals_its_readable_form(source: Source, engines: EngineSet, len
 
 def test_decode_names_a_feed_of_the_wrong_size(source: Source, engines: EngineSet) -> None:
     feeds = {n: t.numpy() for n, t in target_feeds(source).items() if not n.startswith("past_")}
-    past = CachedRows(np.zeros((6, 9, source.target.config.kv_size), np.float32), 5)  # P is 4
+    size, layers = source.target.config.kv_size, source.target.config.num_layers
+    block = np.zeros((2 * layers, 9, size), np.float32)
     with pytest.raises(UsageError, match="attention_mask"):
-        engines.target.decode(feeds, past)
+        engines.target.decode(feeds, CachedRows(block, 5))  # P is 4
+    for wrong, length in ((block[:-1], 4), (block, 10), (block.astype(np.float64), 4)):
+        with pytest.raises(UsageError, match="cached rows are"):
+            engines.target.decode(feeds, CachedRows(wrong, length))
+    few = {name: array for name, array in feeds.items() if name != "rows"}
+    with pytest.raises(UsageError, match="needs the input 'rows'"):
+        engines.target.decode(few, CachedRows(block, 4))
+    narrow = feeds | {"position_ids": feeds["position_ids"].astype(np.int32)}
+    with pytest.raises(UsageError, match="position_ids"):
+        engines.target.decode(narrow, CachedRows(block, 4))

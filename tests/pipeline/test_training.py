@@ -86,6 +86,13 @@ def test_training_goes_on_from_a_drafter(
     assert_refused(both, 2, "--rank", "--start")
     nowhere = run_command("train", *data, *more[:-1], "--start=nowhere")
     assert_refused(nowhere, 2, "nowhere")
+    fresh = train(tiny_llama_dir, *data[1:], f"--run={tmp_path / 'r'}", f"--out={tmp_path / 'x'}")
+    assert_refused(fresh, 2, "another", "--run")
+    same = run_command("train", *data, *more, f"--out={first}")
+    assert_refused(same, 2, "--start and --out")
+    cut = first / "model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-8])
+    assert_refused(run_command("train", *data, *more, f"--run={tmp_path / 's'}"), 2, str(cut))
 
 
 def test_a_drafter_of_one_s_own_is_found_for_its_target(

@@ -215,6 +215,20 @@ class TestLaw:
         follow((), 1.0)
         return found
 
+    @pytest.mark.parametrize("temperature", [0.0, 1.0])
+    def test_trees_are_drawn_above_temperature_0_only(
+        self, temperature: float, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model, seen = MODELS["twin", 0.0, 0], []
+        verify = model.target.verify
+        monkeypatch.setattr(
+            model.target, "verify", lambda tree: (seen.append(tree), verify(tree))[1]
+        )
+        run(model, Request(PROMPT, 12, SamplingConfig(temperature), tree=WIDE))
+        drawn = [node for tree in seen for node in tree.drawn if node is not None]
+        assert seen
+        assert bool(drawn) == (temperature > 0)
+
     def test_depends_on_the_seed_only(self) -> None:
         request = Request(PROMPT, 25, SamplingConfig(temperature=1.0), tree=WIDE)
         model = MODELS["twin", 0.0, 0]

@@ -82,6 +82,7 @@ CASES = [
     (TreeConfig(depth=3, width=1, budget=3), NO_GUESS),
     (TreeConfig(depth=2, width=2, budget=4), NO_GUESS),
     (TreeConfig(depth=2, width=3, budget=3, min_prob=0.05), NO_GUESS),
+    (TreeConfig(depth=2, width=1, budget=2), Guess([1], [math.log(0.3)])),
     (TreeConfig(depth=2, width=2, budget=3), Guess([1], [math.log(0.35)])),
     (
         TreeConfig(depth=2, width=2, budget=4),
@@ -189,8 +190,41 @@ class TestDrawnRow:
             assert row.take(3) is None
             assert 7 in [item[0] for item in drawn if item is not None]
 
+    def test_draws_under_the_requests_temperature_and_filters(self) -> None:
+        sampling = SamplingConfig(0.5, top_k=2)
+        drawing = Drawing(sampling, SeededDice(0))
+        log_probs = np.log([0.5, 0.3, 0.2])
+        row = DrawnRow([4, 7, 9], log_probs.tolist(), 3, drawing)
+        expected = target_law(log_probs.astype(np.float32), sampling)
+        taken = row.take(0)
+        assert taken is not None
+        assert taken[1] is not None
+        np.testing.assert_allclose(taken[1].law(), expected)
+        assert len(row.log_chances) == 2  # top-k leaves two to draw
+
     def test_the_same_seed_draws_the_same(self) -> None:
         assert [self.row(3).take(0)[0]] == [self.row(3).take(0)[0]]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_refusal_that_only_rounding_allows_is_none(seed: int) -> None:
+    """With q = p but for the last bits, a refusal may leave a residual without any mass."""
+    scores = np.random.default_rng(seed).normal(0, 1.5, 4).astype(np.float32)
+    p = target_law(scores, SamplingConfig(1.0))
+    proposals = Proposals([[0, 1, 2, 3]], [np.log(p).tolist()])
+
+    def emit(dice: Dice) -> tuple[int, ...]:
+        drawing = Drawing(SamplingConfig(1.0), dice)
+        tree = grow(9, proposals, lambda _: proposals, TreeConfig(1, 4, 4), NO_GUESS, drawing)
+        calls = iter([p.copy(), np.array([1.0, 0, 0, 0])])
+        verdict = verify_sampling(tree, lambda _: next(calls), dice)
+        return (*(tree.tokens[node] for node in verdict.path), verdict.bonus)
+
+    found = law_of(emit)
+    first = np.zeros(4)
+    for block, probability in found.items():
+        first[block[0]] += probability
+    np.testing.assert_allclose(first, p, atol=1e-6)
 
 
 @settings(max_examples=200, deadline=None)

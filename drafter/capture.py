@@ -8,12 +8,14 @@ a killed capture goes on where it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -21,6 +23,7 @@ from drafter.corpus import Document, read_shard, shards
 from drafter.decoder import TargetDecoder, causal_mask
 
 LIKELIEST = 8
+CAPTURED = "captured"  # folder of captured shards in a corpus that was made with its states
 Progress = Callable[[int, int], None]
 
 
@@ -35,6 +38,14 @@ class Captured:
     taps: Tensor
     states: Tensor
     likeliest: Tensor
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """Ids of the eight likeliest tokens (fewer in a smaller vocabulary): [..., V] -> int32 [...,
+    8].
+    """
+    ids = logits.topk(min(LIKELIEST, logits.shape[-1]), dim=-1).indices
+    return ids.to(torch.int32)
 
 
 def capture_shards(
@@ -67,15 +78,26 @@ def _capture_shard(
         seen += len(captured.ids)
         if report is not None:
             report(seen)
-    offsets = torch.tensor([0] + [len(p.ids) for p in parts]).cumsum(0)
+    write_captured(path, parts, target.taps)
+
+
+def write_captured(path: Path, documents: Sequence[Captured], taps: Sequence[int]) -> None:
+    """Write one shard under a temporary name, then rename it; its metadata names the taps."""
+    offsets = torch.tensor([0] + [len(d.ids) for d in documents]).cumsum(0)
     tensors = {
-        name: torch.cat([getattr(p, name) for p in parts])
+        name: torch.cat([getattr(d, name) for d in documents])
         for name in ("ids", "mask", "taps", "states", "likeliest")
     }
     tensors["ids"], tensors["mask"] = tensors["ids"].int(), tensors["mask"].to(torch.uint8)
     partial = path.with_suffix(".partial")
-    save_file(tensors | {"offsets": offsets}, partial)
+    save_file(tensors | {"offsets": offsets}, partial, metadata={"taps": json.dumps(list(taps))})
     partial.rename(path)
+
+
+def captured_taps(path: Path) -> tuple[int, ...]:
+    """Tap ids ("input of layer i") of a captured shard; empty where it does not say."""
+    with safe_open(path, framework="pt") as reader:
+        return tuple(json.loads((reader.metadata() or {}).get("taps", "[]")))
 
 
 @torch.no_grad()
@@ -108,16 +130,13 @@ def _capture_batch(target: TargetDecoder, documents: list[Document]) -> list[Cap
     captured = []
     for row, (d, n) in enumerate(zip(documents, lengths, strict=True)):
         states = output.states[row, :n]
-        likeliest = (
-            target.logits(states).topk(min(LIKELIEST, target.config.vocab_size), dim=-1).indices
-        )
         captured.append(
             Captured(
                 d.ids,
                 d.mask,
                 output.taps[row, :n].bfloat16(),
                 states.bfloat16(),
-                likeliest.to(torch.int32),
+                likeliest(target.logits(states)),
             )
         )
     return captured

@@ -8,15 +8,19 @@ documents.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
+from torch.nn import functional as F
 
-from drafter.corpus import DOCUMENTS_PER_SHARD, Document, document, shard_path, write_shard
+from drafter.batch_decode import Text, choose, continue_texts
+from drafter.capture import CAPTURED, Captured, write_captured
+from drafter.corpus import DOCUMENTS_PER_SHARD, document, shard_path, write_shard
 from drafter.decoder import TargetDecoder
 from drafter.errors import UsageError
 
@@ -24,13 +28,18 @@ Progress = Callable[[int, int], None]
 
 
 class GenerateConfig(BaseModel):
-    """How answers are sampled. Unknown keys are refused."""
+    """How answers are sampled. Unknown keys are refused.
+
+    `keep_states` writes what training needs of the target beside the shards, in `captured/`: about
+    4.6 KB a token at H = 576.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     max_new_tokens: int = Field(240, gt=0)
     temperatures: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = (0.0, 0.6, 1.0)
     batch: int = Field(32, gt=0)
     seed: int = 0
+    keep_states: bool = False
 
 
 class ChatTemplate(Protocol):
@@ -50,7 +59,7 @@ def sample_batch(
     generator: torch.Generator,
 ) -> list[list[int]]:
     """Continue every prompt until an end-of-sequence token (kept) or `max_new_tokens`. Temperature
-    0 is greedy.
+    0 is greedy. The readable form of `drafter.batch_decode.continue_texts`.
 
     Prompts are left-padded; padding is masked out and positions count from each prompt's own start.
     """
@@ -92,31 +101,30 @@ def _positions_and_mask(start: Tensor, past: int, new: int) -> tuple[Tensor, Ten
     return positions, ((causal[None] & real) | own[None])[:, None]
 
 
-def choose(logits: Tensor, temperatures: Tensor, generator: torch.Generator) -> Tensor:
-    """One token a row: argmax at temperature 0, a draw otherwise. logits [B, V] -> [B]."""
-    greedy = logits.argmax(-1)
-    warm = temperatures > 0
-    if not warm.any():
-        return greedy
-    laws = torch.softmax(logits / temperatures.clamp(min=1e-6)[:, None], dim=-1)
-    drawn = torch.multinomial(
-        torch.where(warm[:, None], laws, torch.ones_like(laws)), 1, generator=generator
-    )
-    return torch.where(warm, drawn.squeeze(1), greedy)
-
-
 def answer_prompts(
-    target: TargetDecoder, prompts: Sequence[Sequence[int]], config: GenerateConfig, shard: int
-) -> Iterator[Document]:
-    """The documents of one shard, in the order of its prompts."""
+    target: TargetDecoder,
+    prompts: Sequence[Sequence[int]],
+    config: GenerateConfig,
+    shard: int,
+    progress: Callable[[int], None] | None = None,
+) -> list[Text]:
+    """The answers of one shard, in the order of its prompts."""
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + shard)
-    for first in range(0, len(prompts), config.batch):
-        texts = [list(prompt) for prompt in prompts[first : first + config.batch]]
-        temperatures = [
-            config.temperatures[(first + i) % len(config.temperatures)] for i in range(len(texts))
-        ]
-        answers = sample_batch(target, texts, temperatures, config.max_new_tokens, generator)
-        yield from (document(prompt, answer) for prompt, answer in zip(texts, answers, strict=True))
+    rotation = config.temperatures
+    answered: dict[int, Text] = {}
+    for text in continue_texts(
+        target,
+        prompts,
+        [rotation[i % len(rotation)] for i in range(len(prompts))],
+        config.max_new_tokens,
+        config.batch,
+        generator,
+        config.keep_states,
+    ):
+        answered[text.index] = text
+        if progress is not None:
+            progress(len(answered))
+    return [answered[i] for i in range(len(prompts))]
 
 
 def generate_corpus(
@@ -135,19 +143,34 @@ def generate_corpus(
         raise UsageError(
             "There are no prompts to answer; give a prompt file with at least one line."
         )
-    out.mkdir(parents=True, exist_ok=True)
+    (out / CAPTURED if config.keep_states else out).mkdir(parents=True, exist_ok=True)
     for shard, start in enumerate(range(0, len(prompts), DOCUMENTS_PER_SHARD)):
-        if shard_path(out, shard).exists():
+        path = shard_path(out, shard)
+        if path.exists():
             continue
-        documents = []
-        for made in answer_prompts(
-            target, prompts[start : start + DOCUMENTS_PER_SHARD], config, shard
-        ):
-            documents.append(made)
-            if progress is not None:
-                progress(start + len(documents), len(prompts))
-        write_shard(shard_path(out, shard), documents)
+        part = prompts[start : start + DOCUMENTS_PER_SHARD]
+        report = None if progress is None else partial(_tell, progress, start, len(prompts))
+        texts = answer_prompts(target, part, config, shard, report)
+        if config.keep_states:
+            write_captured(out / CAPTURED / path.name, [*map(seen_document, texts)], target.taps)
+        write_shard(path, [document([*text.prompt], text.answer) for text in texts])
     return -(-len(prompts) // DOCUMENTS_PER_SHARD)
+
+
+def _tell(progress: Progress, start: int, total: int, done: int) -> None:
+    progress(start + done, total)
+
+
+def seen_document(text: Text) -> Captured:
+    """What training needs of a text whose sights were kept.
+
+    Its last token was never fed, so nothing is known after it: it carries no loss.
+    """
+    whole, seen = document([*text.prompt], text.answer), text.sight()
+    whole.mask[-1] = False
+    last = len(whole.ids) - len(seen.taps)  # one row of padding
+    taps, states = (F.pad(part.bfloat16(), (0, 0, 0, last)) for part in (seen.taps, seen.states))
+    return Captured(whole.ids, whole.mask, taps, states, F.pad(seen.likeliest, (0, 0, 0, last)))
 
 
 def self_prompts(
@@ -156,6 +179,7 @@ def self_prompts(
     count: int,
     config: GenerateConfig,
     longest: int = 120,
+    progress: Progress | None = None,
 ) -> list[list[int]]:
     """Prompts whose user turn the model writes itself from the bare template, distinct, at
     temperature 1.
@@ -168,14 +192,18 @@ def self_prompts(
     opening, closing = template.encode(before), template.encode(after)
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 - 1)
     found: dict[tuple[int, ...], None] = {}
-    for _ in range(4 * (-(-count // config.batch)) + 4):
+    tries = 4 * count + 4 * config.batch
+    turns = continue_texts(
+        target, [opening] * tries, [1.0] * tries, longest, config.batch, generator
+    )
+    for text in turns:
+        turn = text.answer
+        if len(turn) > 1 and turn[-1] in target.config.eos_token_ids:
+            found[(*opening, *turn[:-1], *closing)] = None
+            if progress is not None:
+                progress(len(found), count)
         if len(found) >= count:
             break
-        turns = sample_batch(
-            target, [opening] * config.batch, [1.0] * config.batch, longest, generator
-        )
-        ended = [t for t in turns if len(t) > 1 and t[-1] in target.config.eos_token_ids]
-        found |= {tuple(opening + t[:-1] + closing): None for t in ended}
     if len(found) < count:
         raise UsageError(
             f"The target wrote {len(found)} distinct user turns from its bare chat template, "

@@ -102,7 +102,9 @@ class CorpusOptions(_Options):
     count: int = Field(2000, ge=1)
     max_tokens: int = Field(240, ge=1)
     temperatures: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = (0.0, 0.6, 1.0)
-    batch: int = Field(32, ge=1)
+    batch: int = Field(64, ge=1)
+    precision: Literal["fp32", "bf16"] = "bf16"
+    keep_states: bool = False
     seed: int = Field(0, ge=0)
     out: Path | None = None
 

@@ -51,8 +51,10 @@ def corpus_stage(options: CorpusOptions, offline: bool | None = None) -> Artifac
     with disk_full_as_error(work), progress("corpus") as tell:
         count = _answer(target, options, work, tell)
     with write_artifact(out, KIND, target.name, inputs, arguments, {"documents": count}) as folder:
-        for shard in sorted(work.glob("shard-*.safetensors")):
-            os.link(shard, folder / shard.name)
+        for shard in sorted(work.rglob("shard-*.safetensors")):
+            place = folder / shard.relative_to(work)
+            place.parent.mkdir(exist_ok=True)
+            os.link(shard, place)
     shutil.rmtree(work)
     return _report(out, up_to_date=False)
 
@@ -84,17 +86,21 @@ def corpus_fingerprint(folder: Path) -> str:
 
 
 def _answer(target: TargetFolder, options: CorpusOptions, work: Path, tell: Tell) -> int:
+    import torch
+
     from drafter.checkpoint import load_target
     from drafter.generate import GenerateConfig, generate_corpus
     from drafter.tokenizer import ChatTokenizer
 
     tell("loading the target", None)
-    model = load_target(target.path)
+    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
+    model = load_target(target.path, dtype=dtype)
     config = GenerateConfig(
         max_new_tokens=options.max_tokens,
         temperatures=options.temperatures,
         batch=options.batch,
         seed=options.seed,
+        keep_states=options.keep_states,
     )
     tokenizer = ChatTokenizer.load(target.path)
     prompts = _prompts(options, work, model, tokenizer, config, tell)
@@ -122,8 +128,15 @@ def _prompts(
         ]
     kept = work / _PROMPTS
     if not kept.exists():
-        tell(f"the target writes {options.count} user turns itself", None)
-        made = self_prompts(model, tokenizer, options.count, config)
+        made = self_prompts(
+            model,
+            tokenizer,
+            options.count,
+            config,
+            progress=lambda done, total: tell(
+                f"the target wrote {done} of {total} user turns", done / total
+            ),
+        )
         atomic_write_json(kept, {"prompts": made})
     prompts: list[list[int]] = read_json(kept)["prompts"]
     return prompts

@@ -7,6 +7,7 @@ A run has a folder: `run.json` (what it is made from), `corpus/` (where dialogue
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -223,12 +224,14 @@ def _capture(
     from drafter.checkpoint import load_target
     from drafter.corpus import read_shard, shards
 
+    out.mkdir(parents=True, exist_ok=True)
     paths = shards(corpus)
+    for path in paths:
+        _take_captured(path, out / path.name, config.taps)
     todo = [path for path in paths if not (out / path.name).exists()]
     if not todo:
         return
     tokens = sum(len(document.ids) for path in todo for document in read_shard(path))
-    out.mkdir(parents=True, exist_ok=True)
     check_free_space(out, tokens * 2 * (len(config.taps) + 1) * config.target_hidden_size)
     dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
     with progress("capture") as tell:
@@ -241,6 +244,25 @@ def _capture(
             tell(f"{done} of {total} tokens, {rate:.0f} tokens/s", done / total)
 
         capture_shards(model, corpus, out, report)
+
+
+def _take_captured(shard: Path, place: Path, taps: tuple[int, ...]) -> None:
+    """Use what the corpus kept of the target, where it kept these taps."""
+    from drafter.capture import CAPTURED, captured_taps
+
+    kept = shard.parent / CAPTURED / shard.name
+    if place.exists() or not kept.exists():
+        return
+    if (found := captured_taps(kept)) != taps:
+        note(f"{kept} holds taps {found}, the drafter reads {taps}: capturing again")
+        return
+    partial = place.with_suffix(".partial")
+    partial.unlink(missing_ok=True)
+    try:
+        os.link(kept, partial)
+    except OSError:  # another file system
+        shutil.copyfile(kept, partial)
+    partial.rename(place)
 
 
 def _train(

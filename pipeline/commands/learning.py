@@ -47,6 +47,19 @@ def corpus(
     seed: Annotated[
         int | None, o.option("--seed", help="Seed.", default=default(CorpusOptions, "seed"))
     ] = None,
+    precision: Annotated[
+        str | None,
+        o.option("--precision", help="fp32 or bf16.", default=default(CorpusOptions, "precision")),
+    ] = None,
+    keep_states: Annotated[
+        bool | None,
+        o.option(
+            "--keep-states/--no-keep-states",
+            help="Keep what training needs of the target, about 8 bytes a token and hidden unit: "
+            "`pipeline train` then needs no pass over the corpus.",
+            default="no-keep-states",
+        ),
+    ] = None,
     out: o.Out = None,
     config: o.Config = None,
     offline: o.Offline = False,
@@ -72,6 +85,8 @@ def corpus(
         max_tokens=max_tokens,
         temperatures=_numbers(temperatures, float, "--temperatures"),
         batch=batch,
+        precision=precision,
+        keep_states=keep_states,
         seed=seed,
         out=out,
     )

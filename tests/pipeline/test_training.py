@@ -128,7 +128,7 @@ def test_a_full_disk_in_the_middle_is_one_sentence_and_the_run_goes_on_later(
     monkeypatch: pytest.MonkeyPatch,
     writer: str,
 ) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **more: object) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     arguments = (f"--dialogues={dialogues}", f"--out={tmp_path / 'd'}", "--epochs=1")
@@ -240,3 +240,29 @@ def test_a_stopped_corpus_goes_on_with_the_shards_it_has(
     assert kept == {written[0].name: first}
     assert run_command(*arguments).code == 0
     assert [document.ids.tolist() for document in read_corpus(stopped)] == wanted
+
+
+def test_states_kept_by_the_corpus_are_trained_on_where_the_taps_are_the_same(
+    cache: Path, tiny_llama_dir: Path, prompt_file: Path, tmp_path: Path
+) -> None:
+    corpus = tmp_path / "corpus"
+    made = run_command(
+        "corpus",
+        f"--target={tiny_llama_dir}",
+        f"--prompts={prompt_file}",
+        "--max-tokens=12",
+        "--keep-states",
+        f"--out={corpus}",
+    )
+    assert made.code == 0, made.err
+    kept = (corpus / "captured" / "shard-00000.safetensors").read_bytes()
+
+    def captured(run: Path, *more: str) -> bytes:
+        arguments = (f"--corpus={corpus}", f"--run={run}", f"--out={run / 'd'}", "--epochs=1")
+        result = train(tiny_llama_dir, *arguments, "--draft-steps=1", *more)
+        assert result.code == 0, result.err
+        assert ("capturing again" in result.err) == bool(more)
+        return (run / "captured" / "shard-00000.safetensors").read_bytes()
+
+    assert captured(tmp_path / "same") == kept
+    assert captured(tmp_path / "other", "--taps=0,1,1") != kept

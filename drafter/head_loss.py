@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from drafter.losses import Loss, alpha
+from drafter.parallel import ALONE, Share
 
 
 @dataclass(frozen=True)
@@ -65,15 +66,25 @@ def chunked_loss(
     log_weight: Tensor,
     objective: Objective,
     chunk: int = 32,
+    share: Share = ALONE,
 ) -> tuple[Tensor, list[float]]:
-    """The same value, gradients and alphas, `chunk` rows at a time."""
-    alphas = [0.0] * len(scores)
+    """The same value, gradients and alphas, `chunk` rows at a time.
+
+    With a `share` of several, the rows are this process's part of all N: alphas are those of all
+    rows, value and gradients this process's part of the sum. N = 0 in all gives zeros.
+    """
+    (count,) = share.sums([len(teacher_scores)])
+    sums = [0.0] * len(scores)
     if objective.loss.uses_alpha:
-        alphas = _mean_alphas([z.detach() for z in scores], teacher_scores, log_weight, chunk)
-    total: Tensor = _ChunkedLoss.apply(
-        alphas, teacher_scores, log_weight, objective, chunk, *scores
+        sums = _alpha_sums([z.detach() for z in scores], teacher_scores, log_weight, chunk)
+        sums = share.sums(sums)
+    alphas = [total / max(count, 1) for total in sums]
+    value: Tensor = _ChunkedLoss.apply(
+        alphas, sums, count, teacher_scores, log_weight, objective, chunk, *scores
     )  # type: ignore[no-untyped-call]
-    return total, alphas
+    if not objective.loss.uses_alpha:
+        alphas = [total / max(count, 1) for total in share.sums(sums)]
+    return value, alphas
 
 
 def _parts(count: int, chunk: int) -> list[slice]:
@@ -81,38 +92,40 @@ def _parts(count: int, chunk: int) -> list[slice]:
 
 
 @torch.no_grad()
-def _mean_alphas(
+def _alpha_sums(
     scores: Sequence[Tensor], teacher_scores: Tensor, log_weight: Tensor, chunk: int
 ) -> list[float]:
-    """Mean alpha of every draft step over all N rows."""
+    """Sum of alpha over the N rows for every draft step."""
     sums = [0.0] * len(scores)
     for part in _parts(len(teacher_scores), chunk):
         log_p = log_law(teacher_scores[part], log_weight)
         for k, z in enumerate(scores):
             sums[k] += float(alpha(log_p, log_law(z[part], log_weight)).sum())
-    return [s / len(teacher_scores) for s in sums]
+    return sums
 
 
 class _ChunkedLoss(torch.autograd.Function):
     """Takes the gradients in the forward pass, chunk by chunk; backward only scales them.
 
-    `alphas` is read when the loss depends on alpha, and filled in otherwise.
+    `alphas` are read when the loss depends on alpha; otherwise `sums` of alpha are filled in.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         alphas: list[float],
+        sums: list[float],
+        count: float,
         teacher_scores: Tensor,
         log_weight: Tensor,
         objective: Objective,
         chunk: int,
         *scores: Tensor,
     ) -> Tensor:
-        loss, count = objective.loss, len(teacher_scores)
+        loss = objective.loss
         gradients = [torch.empty_like(z) for z in scores]
         total = 0.0
-        for part in _parts(count, chunk):
+        for part in _parts(len(teacher_scores), chunk):
             log_p = log_law(teacher_scores[part], log_weight)  # [n, C]
             p = log_p.exp()
             for k, (z, weight) in enumerate(zip(scores, objective.step_weights, strict=True)):
@@ -121,11 +134,11 @@ class _ChunkedLoss(torch.autograd.Function):
                 total += weight / count * float(loss.value(log_p, log_q, alphas[k]).sum())
                 gradients[k][part] = loss.gradient(p, q, alphas[k]).mul_(weight / count)
                 if not loss.uses_alpha:
-                    alphas[k] += float(torch.minimum(p, q).sum()) / count
+                    sums[k] += float(torch.minimum(p, q).sum())
         ctx.save_for_backward(*gradients)
         return torch.tensor(total)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = grad_outputs
-        return (None, None, None, None, None, *(g * scale.to(g.dtype) for g in ctx.saved_tensors))
+        return (*[None] * 7, *(g * scale.to(g.dtype) for g in ctx.saved_tensors))

@@ -23,13 +23,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from drafter.acceptance import expected_tau
-from drafter.batches import Batch, collate, epoch_order, supervised_positions
+from drafter.batches import collate, epoch_order, supervised_positions
 from drafter.capture import Captured
 from drafter.eagle3 import Drafter
 from drafter.errors import UsageError
 from drafter.head_loss import Objective, chunked_loss, geometric_weights
 from drafter.heads.low_rank import LowRankHead
 from drafter.losses import LOSSES
+from drafter.parallel import ALONE, Share
 from drafter.row_sample import Rows, all_rows, sample_rows
 from drafter.run_state import held_interrupt, load_state, save_state
 from drafter.unroll import unroll
@@ -100,9 +101,11 @@ def train(
     run: Path,
     report: Callable[[StepReport], None] | None = None,
     stop_after: int | None = None,
+    share: Share = ALONE,
 ) -> Drafter:
     """Train in place, resuming from `run` when it holds a state of the same config.
 
+    Of several processes (`share`) each is given all documents; the first one logs and saves.
     `stop_after` ends the call after so many steps of this call, with the state saved (used by tests
     and time budgets). Raises UsageError when the folder holds a run of another config.
     """
@@ -114,23 +117,27 @@ def train(
     )
     plan = batch_plan(config, [len(d.ids) for d in documents])
     step = load_state(run, drafter, optimizer, config.model_dump(mode="json"))
-    first, saved_at, clock = step, time.monotonic(), _Clock()
+    first, saved_at, clock, stopped = step, time.monotonic(), _Clock(), 0.0
     with held_interrupt() as interrupted:
         while step < len(plan) and (stop_after is None or step - first < stop_after):
-            batch = collate([documents[i] for i in plan[step]])
-            values = train_step(drafter, optimizer, batch, config, step, len(plan))
+            batch = [documents[i] for i in plan[step]]
+            values = train_step(drafter, optimizer, batch, config, step, len(plan), share)
             step += 1
             row = clock.report(values, batch, step, len(plan))
-            _log(run, row)
+            if share.first:
+                _log(run, row)
             if report is not None:
                 report(row)
-            if interrupted.is_set():
+            (stopped,) = share.sums([interrupted.is_set()])
+            if stopped:
                 break
-            if time.monotonic() - saved_at > 60 * config.checkpoint_minutes:
+            if share.first and time.monotonic() - saved_at > 60 * config.checkpoint_minutes:
                 save_state(run, drafter, optimizer, config.model_dump(mode="json"), step)
                 saved_at = time.monotonic()
-    save_state(run, drafter, optimizer, config.model_dump(mode="json"), step)
-    if interrupted.is_set():
+    if share.first:
+        save_state(run, drafter, optimizer, config.model_dump(mode="json"), step)
+    share.wait()
+    if stopped:
         raise KeyboardInterrupt
     return drafter
 
@@ -138,85 +145,100 @@ def train(
 def train_step(
     drafter: Drafter,
     optimizer: torch.optim.Optimizer,
-    batch: Batch,
+    documents: Sequence[Captured],
     config: TrainConfig,
     step: int,
     steps: int,
+    share: Share = ALONE,
 ) -> dict[str, Any]:
     """One optimiser step; returns loss, per-step alpha, gradient norm and learning rate."""
     rate = learning_rate(config, step, steps)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.zero_grad(set_to_none=True)
-    loss, alphas = batch_loss(drafter, batch, config, step)
-    if not torch.isfinite(loss):
+    rows = step_rows(documents, drafter.config.vocab_size, config, step)
+    part, alphas = batch_loss(drafter, share.of(documents), rows, config, share)
+    (loss,) = share.sums([float(part.detach())])
+    if not math.isfinite(loss):
         raise UsageError(
-            f"The loss is {loss.item()} at step {step}; train again with a lower --learning-rate "
+            f"The loss is {loss} at step {step}; train again with a lower --learning-rate "
             "and a new --run folder."
         )
-    loss.backward()  # type: ignore[no-untyped-call]
+    if part.requires_grad:  # a process without documents has nothing to add
+        part.backward()  # type: ignore[no-untyped-call]
+    share.sum_gradients(drafter)
     norm = torch.nn.utils.clip_grad_norm_(drafter.parameters(), config.clip)
     optimizer.step()
-    return {
-        "loss": float(loss.detach()),
-        "alpha": alphas,
-        "gradient_norm": float(norm),
-        "learning_rate": rate,
-    }
+    return {"loss": loss, "alpha": alphas, "gradient_norm": float(norm), "learning_rate": rate}
+
+
+def step_rows(
+    documents: Sequence[Captured], vocab_size: int, config: TrainConfig, step: int
+) -> Rows:
+    """The vocabulary rows of a step: what its teachers find likely and what was said, and a sample
+    of the rest. A function of all its documents: every process scores the same rows.
+    """
+    if not config.sampled_rows:
+        return all_rows(vocab_size)
+    generator = torch.Generator().manual_seed(config.seed * 7_919 + step)
+    certain = [d.ids[d.mask] for d in documents]
+    for d in documents:
+        _, positions = supervised_positions(d.mask[None], config.draft_steps)
+        certain.append(d.likeliest[positions].reshape(-1).long())
+    return sample_rows(torch.cat(certain), vocab_size, config.sampled_rows, generator)
 
 
 def batch_loss(
-    drafter: Drafter, batch: Batch, config: TrainConfig, step: int
+    drafter: Drafter,
+    documents: Sequence[Captured],
+    rows: Rows,
+    config: TrainConfig,
+    share: Share = ALONE,
 ) -> tuple[Tensor, list[float]]:
-    """The objective of one batch and the mean alpha of each draft step.
+    """This process's part of the objective of one batch, and the mean alpha of each draft step over
+    the whole batch.
 
     A rescoring head is trained in two parts: the drafter against the exact rows it will be scored
     with, and the low-rank preview, on detached states, against the same teacher (its job is to rank
     what the exact rows rescore).
     """
     kind = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    drafted, teacher, rows = _draft(drafter, batch, config, step, kind)
+    drafted, teacher = _draft(drafter, documents, config, kind)
     target_rows = drafter.target_rows[0][rows.ids].to(kind)  # [C, Ht]
     teacher_scores = F.linear(teacher.to(kind), target_rows)  # [N, C]
     weights = geometric_weights(config.draft_steps, config.decay)
     head = drafter.lm_head
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=kind is torch.bfloat16):
         scores = [head.row_scores(h, rows.ids) for h in drafted]  # type: ignore[operator]  # K times [N, C]
-        loss, alphas = chunked_loss(
-            scores, teacher_scores, rows.log_weight, Objective(LOSSES[config.loss], weights)
-        )
+        objective = Objective(LOSSES[config.loss], weights)
+        loss, alphas = chunked_loss(scores, teacher_scores, rows.log_weight, objective, share=share)
         if isinstance(head, LowRankHead) and head.rescore:
             previews = [head.preview_rows(h.detach(), rows.ids) for h in drafted]
+            objective = Objective(LOSSES["kl"], weights)
             extra, _ = chunked_loss(
-                previews, teacher_scores, rows.log_weight, Objective(LOSSES["kl"], weights)
+                previews, teacher_scores, rows.log_weight, objective, share=share
             )
             loss = loss + extra
     return loss, alphas
 
 
 def _draft(
-    drafter: Drafter, batch: Batch, config: TrainConfig, step: int, kind: torch.dtype
-) -> tuple[list[Tensor], Tensor, Rows]:
-    """Unrolled head inputs (K times [N, H]), teacher states [N, Ht] and the vocabulary rows of this
-    step.
-    """
-    rows_b, positions = supervised_positions(batch.mask, config.draft_steps)
+    drafter: Drafter, documents: Sequence[Captured], config: TrainConfig, kind: torch.dtype
+) -> tuple[list[Tensor], Tensor]:
+    """Unrolled head inputs (K times [N, H]) and teacher states [N, Ht]."""
+    if not documents:
+        size = drafter.config.hidden_size
+        none = torch.zeros(0, size)
+        return [none] * config.draft_steps, torch.zeros(0, drafter.config.target_hidden_size)
+    batch = collate(documents)
+    rows, positions = supervised_positions(batch.mask, config.draft_steps)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=kind is torch.bfloat16):
         states = unroll(drafter, batch.ids, batch.taps, config.draft_steps)
         drafted = [
-            drafter.head_input(state[rows_b, positions - 1 - k].float())
+            drafter.head_input(state[rows, positions - 1 - k].float())
             for k, state in enumerate(states)
         ]
-    vocab = drafter.config.vocab_size
-    if not config.sampled_rows:
-        return drafted, batch.states[rows_b, positions], all_rows(vocab)
-    generator = torch.Generator().manual_seed(config.seed * 7_919 + step)
-    certain = torch.cat([batch.likeliest[rows_b, positions].reshape(-1), batch.ids[batch.mask]])
-    return (
-        drafted,
-        batch.states[rows_b, positions],
-        sample_rows(certain, vocab, config.sampled_rows, generator),
-    )
+    return drafted, batch.states[rows, positions]
 
 
 class _Clock:
@@ -227,8 +249,10 @@ class _Clock:
         self.tokens = 0
         self.steps = 0
 
-    def report(self, values: dict[str, Any], batch: Batch, step: int, steps: int) -> StepReport:
-        self.tokens += int((batch.ids != 0).sum())
+    def report(
+        self, values: dict[str, Any], batch: Sequence[Captured], step: int, steps: int
+    ) -> StepReport:
+        self.tokens += sum(len(document.ids) for document in batch)
         self.steps += 1
         elapsed = time.monotonic() - self.start
         return StepReport(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 from rich.console import Console
 from rich.markup import escape
@@ -25,10 +26,23 @@ from rich.progress import (
 Tell = Callable[[str, float | None], None]
 
 SECONDS_BETWEEN_LINES = 5.0
+_silent: ContextVar[bool] = ContextVar("silent", default=False)
+
+
+@contextmanager
+def quiet(silent: bool = True) -> Iterator[None]:
+    """Say nothing inside: of several processes of one job only the first one talks."""
+    before = _silent.set(silent)
+    try:
+        yield
+    finally:
+        _silent.reset(before)
 
 
 def note(text: str) -> None:
     """One line for people, on standard error."""
+    if _silent.get():
+        return
     Console(stderr=True).print(escape(text), highlight=False, soft_wrap=True)
 
 
@@ -36,7 +50,7 @@ def note(text: str) -> None:
 def progress(label: str) -> Iterator[Tell]:
     """Yield `tell(what, share)` for one long step."""
     console = Console(stderr=True)
-    if console.is_terminal:
+    if console.is_terminal and not _silent.get():
         yield from _bar(label, console)
     else:
         yield _lines(label)

@@ -40,7 +40,7 @@ from drafter.sources.folder import weight_files
 from drafter.tokenizer import vocabulary_sha256
 from pipeline.config import DrafterOptions, TrainOptions
 from pipeline.corpora import corpus_fingerprint, dialogues_corpus
-from pipeline.progress import note, progress
+from pipeline.progress import note, progress, quiet
 from pipeline.reports import ArtifactReport
 from pipeline.stages import DRAFTER_KIND, artifact_report, fetch_target, find_drafter
 from pipeline.workspace import target_workspace
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from drafter.acceptance import Acceptance
     from drafter.capture import Captured
     from drafter.eagle3 import Drafter
+    from drafter.parallel import Share
     from drafter.training import StepReport, TrainConfig
 
 _STATE_DOCUMENTS = 200  # whose states start the head's factors
@@ -56,14 +57,28 @@ _HELD_OUT_DOCUMENTS = 64  # at most so many measure the acceptance
 _LOG = "log.jsonl"
 
 
-def train_stage(options: TrainOptions, offline: bool | None = None) -> ArtifactReport:
-    """Train a drafter, or go on with a stopped run, and write its artifact. Raises UsageError."""
+def train_stage(options: TrainOptions, offline: bool | None = None) -> ArtifactReport | None:
+    """Train a drafter, or go on with a stopped run, and write its artifact. Raises UsageError.
+
+    Under `torchrun` every process trains; the first one captures, measures, writes and has the
+    report, the others None.
+    """
+    from drafter.parallel import joined
+
+    with joined() as share, quiet(not share.first):
+        report = _train_stage(options, share, offline)
+    return report if share.first else None
+
+
+def _train_stage(options: TrainOptions, share: Share, offline: bool | None) -> ArtifactReport:
     training = train_config(options.training)
-    target = fetch_target(options.target, offline)
+    with share.in_turn():
+        target = fetch_target(options.target, offline)
     config = drafter_config(options, target, read_target_config(target.path))
     run = options.run or target_workspace(target) / "train"
     out = options.out or target_workspace(target) / "drafter"
-    corpus = _corpus(options, target, run, config.vocab_size)
+    with share.in_turn():
+        corpus = _corpus(options, target, run, config.vocab_size)
     inputs = {"target": target.fingerprint, "corpus": corpus_fingerprint(corpus)}
     if options.start is not None:
         inputs["start"] = _start_fingerprint(find_drafter(target, options.start), out)
@@ -74,13 +89,21 @@ def train_stage(options: TrainOptions, offline: bool | None = None) -> ArtifactR
     }
     if is_up_to_date(out, DRAFTER_KIND, inputs, arguments):
         return _report(out, up_to_date=True)
-    _claim(run, {**inputs, **arguments})
     with disk_full_as_error(run):
-        documents, held_out = _documents(target, corpus, run, config, training, options.holdout)
-        drafter = _train(target, config, options, training, documents, run)
+        with share.in_turn():
+            _claim(run, {**inputs, **arguments})
+            _capture(target, corpus, run / "captured", config, training)
+        documents, held_out = _documents(corpus, run, options.holdout)
+        drafter = _train(target, config, options, training, documents, run, share)
+    if not share.first:
+        share.wait()
+        return _report(out, up_to_date=False)
     acceptance = _measure(drafter, held_out, training.draft_steps)
     data = {"acceptance": acceptance, "documents": len(documents), "held_out": len(held_out)}
+    if share.count > 1:
+        data["processes"] = share.count
     _write(drafter, out, target.name, inputs, arguments, data, run / _LOG)
+    share.wait()
     return _report(out, up_to_date=False)
 
 
@@ -193,18 +216,10 @@ def _claim(run: Path, made_from: dict[str, Any]) -> None:
     atomic_write_json(state, made_from)
 
 
-def _documents(
-    target: TargetFolder,
-    corpus: Path,
-    run: Path,
-    config: DrafterConfig,
-    training: TrainConfig,
-    holdout: float,
-) -> tuple[list[Captured], list[Captured]]:
+def _documents(corpus: Path, run: Path, holdout: float) -> tuple[list[Captured], list[Captured]]:
     """Captured documents to train on, and those held out: the last ones."""
     from drafter.capture import read_captured
 
-    _capture(target, corpus, run / "captured", config, training)
     documents = read_captured(run / "captured")
     count = max(1, round(holdout * len(documents)))
     if count >= len(documents):
@@ -272,6 +287,7 @@ def _train(
     training: TrainConfig,
     documents: Sequence[Captured],
     run: Path,
+    share: Share,
 ) -> Drafter:
     import torch
 
@@ -296,7 +312,14 @@ def _train(
         del states
     del model
     with progress("train") as tell:
-        return train(drafter, documents, training, run, lambda r: tell(_state(r), r.step / r.steps))
+        return train(
+            drafter,
+            documents,
+            training,
+            run,
+            lambda r: tell(_state(r), r.step / r.steps),
+            share=share,
+        )
 
 
 def _state(report: StepReport) -> str:

@@ -211,6 +211,7 @@ def train(
       pipeline train --target ./my-llama --corpus ./corpus --epochs 4 --out ./my-drafter
       pipeline train --head dense --run ./dense-run --out ./dense-drafter
       pipeline train --start smollm2-135m --loss lk_hybrid --epochs 2 --out ./better
+      torchrun --nproc-per-node 2 -m pipeline -- train --corpus ./corpus
     """
     from pipeline.training import train_stage
 
@@ -248,7 +249,9 @@ def train(
     )
     given: dict[str, Any] = {name: value for name, value in training.items() if value is not None}
     chosen = chosen.model_copy(update={"training": {**chosen.training, **given}})
-    print_artifact(train_stage(chosen, o.offline(offline)), as_json)
+    report = train_stage(chosen, o.offline(offline))
+    if report is not None:
+        print_artifact(report, as_json)
 
 
 def _numbers(

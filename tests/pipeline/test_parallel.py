@@ -1,0 +1,81 @@
+"""`torchrun -m pipeline train`: several processes are one run, and train what one process would."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from drafter.training import read_log
+from tests.pipeline.command import environment
+
+OPTIONS = (
+    "--batch-tokens=48",
+    "--sampled-rows=16",
+    "--precision=fp32",
+    "--rank=8",
+    "--rescore=16",
+    "--loss=lk_hybrid",
+    "--epochs=2",
+    "--draft-steps=2",
+    "--json",
+)
+ONE = ("-m", "pipeline")
+# After `--` nothing is an option of torchrun: it would take our --run for its --run-path.
+TORCHRUN = (
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc-per-node=2",
+    "-m",
+    "pipeline",
+    "--",
+)
+
+
+def dialogues(folder: Path) -> Path:
+    """Dialogues of unlike lengths; some batches hold one alone, so that a process has none."""
+    path = folder / "dialogues.jsonl"
+    rows = [
+        {"prompt_ids": [1, 5 + i, 6], "response_ids": [*range(8, 10 + (7 * i) % 30), 12 + i, 2]}
+        for i in range(17)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def train(launcher: tuple[str, ...], target: Path, folder: Path) -> Path:
+    """Run the command; returns the drafter that its one line of JSON names."""
+    command = (sys.executable, *launcher, "train", f"--target={target}", *OPTIONS)
+    where = (f"--dialogues={dialogues(folder)}", f"--run={folder / 'run'}", f"--out={folder / 'd'}")
+    done = subprocess.run(
+        (*command, *where), capture_output=True, text=True, env=environment(), check=False
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(lines) == 1, done.stdout
+    return Path(json.loads(lines[0])["path"])
+
+
+def test_two_processes_train_what_one_does(
+    cache: Path, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+    one = train(ONE, tiny_llama_dir, folders[0])
+    two = train(TORCHRUN, tiny_llama_dir, folders[1])
+    logs = [list(read_log(path)) for path in (one, two)]
+    assert len(logs[0]) > 8
+    for a, b in zip(*logs, strict=True):
+        assert abs(a.loss - b.loss) < 1e-5 * abs(a.loss)
+        assert max(abs(x - y) for x, y in zip(a.alpha, b.alpha, strict=True)) < 1e-5
+        assert abs(a.gradient_norm - b.gradient_norm) < 1e-4 * a.gradient_norm
+    weights = [load_file(path / "model.safetensors") for path in (one, two)]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, atol=2e-4, rtol=2e-3)
+    assert json.loads((two / "manifest.json").read_text())["data"]["processes"] == 2

@@ -13,6 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,7 +38,10 @@ from drafter.unroll import unroll
 
 
 class TrainConfig(BaseModel):
-    """Everything a run depends on besides its data. Unknown keys are refused."""
+    """Everything a run depends on besides its data. Unknown keys are refused.
+
+    `supervise`: "all" teaches the prompts' tokens too, which is right where the target wrote them.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     epochs: int = Field(10, gt=0)
@@ -50,6 +54,7 @@ class TrainConfig(BaseModel):
     decay: float = Field(0.8, gt=0, le=1)
     loss: str = "kl"
     sampled_rows: int = Field(1024, ge=0)
+    supervise: Literal["answers", "all"] = "answers"
     precision: Literal["fp32", "bf16"] = "bf16"
     seed: int = 0
     checkpoint_minutes: float = Field(5.0, gt=0)
@@ -110,6 +115,8 @@ def train(
     and time budgets). Raises UsageError when the folder holds a run of another config.
     """
     run.mkdir(parents=True, exist_ok=True)
+    if config.supervise == "all":
+        documents = [with_prompt(document) for document in documents]
     for parameter in drafter.parameters():
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(
@@ -140,6 +147,15 @@ def train(
     if stopped:
         raise KeyboardInterrupt
     return drafter
+
+
+def with_prompt(document: Captured) -> Captured:
+    """The document with loss on its prompt too. Its last token stays as it is: of a text that was
+    captured while it was written, nothing is known after that.
+    """
+    mask = torch.ones_like(document.mask)
+    mask[-1] = document.mask[-1]
+    return replace(document, mask=mask)
 
 
 def train_step(

@@ -184,6 +184,14 @@ def train(
         int | None,
         o.option("--sampled-rows", help="Vocabulary rows per step; 0 is all.", default="1024"),
     ] = None,
+    supervise: Annotated[
+        str | None,
+        o.option(
+            "--supervise",
+            help="answers, or all: prompts too, where the target wrote them.",
+            default="answers",
+        ),
+    ] = None,
     precision: Annotated[
         str | None, o.option("--precision", help="fp32 or bf16.", default="bf16")
     ] = None,
@@ -226,6 +234,7 @@ def train(
         "decay": decay,
         "loss": loss,
         "sampled_rows": sampled_rows,
+        "supervise": supervise,
         "precision": precision,
         "seed": seed,
         "checkpoint_minutes": checkpoint_minutes,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,14 @@ from drafter.batches import collate, epoch_order, supervised_positions
 from drafter.errors import UsageError
 from drafter.losses import LOSSES
 from drafter.start import start_drafter
-from drafter.training import StepReport, TrainConfig, learning_rate, read_log, train
+from drafter.training import (
+    StepReport,
+    TrainConfig,
+    learning_rate,
+    read_log,
+    train,
+    with_prompt,
+)
 from tests.tiny_drafter import VOCAB, tiny_captured, tiny_drafter, tiny_target
 
 TARGET = tiny_target()
@@ -52,6 +60,26 @@ def test_supervision_sits_on_response_tokens_that_every_step_can_reach() -> None
     mask[0, 3:] = mask[1, 1] = True
     rows, positions = supervised_positions(mask, 2)
     assert list(zip(rows.tolist(), positions.tolist(), strict=True)) == [(0, 3), (0, 4)]
+
+
+def test_prompts_are_supervised_when_asked_for() -> None:
+    """All but the last token, whose own mask stays: nothing may be known after it."""
+    for last in (True, False):
+        document = replace(DOCUMENTS[0], mask=DOCUMENTS[0].mask.clone())
+        document.mask[-1] = last
+        mask = with_prompt(document).mask
+        assert mask[:-1].all()
+        assert bool(mask[-1]) is last
+        assert not document.mask[0], "the document itself is left alone"
+
+
+def test_supervising_all_changes_what_is_learnt(tmp_path: Path) -> None:
+    states = []
+    for name in ("answers", "all"):
+        config = TrainConfig(**FAST, epochs=1, supervise=name)
+        drafter = train(tiny_drafter(TARGET), DOCUMENTS, config, tmp_path / name, stop_after=1)
+        states.append(drafter.fc.weight.detach().clone())
+    assert not torch.equal(*states)
 
 
 def test_padding_changes_no_supervised_state() -> None:

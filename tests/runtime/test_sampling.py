@@ -195,6 +195,18 @@ class TestDice:
         picks = [invert(weights, float(point)) for point in points]
         assert picks == [1] * 250 + [3] * 750
 
+    @given(st.integers(1, 1500), st.floats(0, 1, exclude_max=True), st.integers(0, 2**32 - 1))
+    @settings(max_examples=200, deadline=None)
+    def test_blocks_find_what_one_running_sum_finds(
+        self, size: int, point: float, seed: int
+    ) -> None:
+        """Weights are whole numbers, so that both ways of summing are exact."""
+        weights = np.random.default_rng(seed).integers(0, 3, size).astype(np.float64)
+        weights[seed % size] = 2.0
+        total = np.cumsum(weights)
+        wanted = int(np.searchsorted(total, point * total[-1], side="right"))
+        assert invert(weights, point) == wanted
+
     def test_greedy_choice_needs_no_dice(self) -> None:
         class NoDice:
             def flip(self, chance: float) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drafter.losses import Loss, alpha
+from drafter.losses import Laws, Loss, alpha
 from drafter.parallel import ALONE, Share
 
 
@@ -132,7 +132,8 @@ class _ChunkedLoss(torch.autograd.Function):
                 log_q = log_law(z[part], log_weight)  # [n, C]
                 q = log_q.exp()
                 total += weight / count * float(loss.value(log_p, log_q, alphas[k]).sum())
-                gradients[k][part] = loss.gradient(p, q, alphas[k]).mul_(weight / count)
+                laws = Laws(log_p, log_q, p, q)
+                gradients[k][part] = loss.gradient(laws, alphas[k]).mul_(weight / count)
                 if not loss.uses_alpha:
                     sums[k] += float(torch.minimum(p, q).sum())
         ctx.save_for_backward(*gradients)

@@ -179,7 +179,10 @@ def train(
     decay: Annotated[
         float | None, o.option("--decay", help="Weight of each step by the last.", default="0.8")
     ] = None,
-    loss: Annotated[str | None, o.option("--loss", help="kl or lk_hybrid.", default="kl")] = None,
+    loss: Annotated[
+        str | None,
+        o.option("--loss", help="kl, lk_hybrid, lk_alpha, tv, ce or reverse_kl.", default="kl"),
+    ] = None,
     sampled_rows: Annotated[
         int | None,
         o.option("--sampled-rows", help="Vocabulary rows per step; 0 is all.", default="1024"),

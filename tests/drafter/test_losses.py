@@ -12,7 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drafter.head_loss import Objective, chunked_loss, eager_loss, geometric_weights
-from drafter.losses import LOSSES, alpha, forward_kl, lk_lambda, total_variation
+from drafter.losses import (
+    LEAST_ALPHA,
+    LOSSES,
+    Laws,
+    alpha,
+    cross_entropy,
+    forward_kl,
+    lk_lambda,
+    negative_log_alpha,
+    reverse_kl,
+    total_variation,
+)
 from drafter.row_sample import all_rows, sample_rows
 
 
@@ -35,6 +46,36 @@ def test_alpha_is_one_minus_total_variation_and_kl_is_not_negative(seed: int, vo
     torch.testing.assert_close(forward_kl(log_p, log_p), torch.zeros(3, dtype=torch.float64))
 
 
+def test_losses_of_two_tokens_by_hand() -> None:
+    """p = (3/4, 1/4), q = (1/2, 1/2)."""
+    log_p, log_q = torch.tensor([[0.75, 0.25]]).log(), torch.tensor([[0.5, 0.5]]).log()
+    half, ratio = math.log(2), math.log(3)
+    assert float(alpha(log_p, log_q)) == pytest.approx(0.75)
+    assert float(total_variation(log_p, log_q)) == pytest.approx(0.25)
+    assert float(negative_log_alpha(log_p, log_q)) == pytest.approx(2 * half - ratio)
+    assert float(cross_entropy(log_p, log_q)) == pytest.approx(half)
+    assert float(forward_kl(log_p, log_q)) == pytest.approx(0.75 * ratio - half)
+    assert float(reverse_kl(log_p, log_q)) == pytest.approx(half - 0.5 * ratio)
+
+
+def test_gradcheck_of_every_readable_form() -> None:
+    z, y = laws(2, 6)
+    y.requires_grad_(True)
+    for loss in LOSSES.values():
+        value = lambda s, loss=loss: loss.value(z.log_softmax(-1), s.log_softmax(-1), 0.3)  # noqa: E731
+        assert torch.autograd.gradcheck(value, (y,))
+
+
+def test_minus_log_alpha_has_a_finite_slope_where_nothing_is_accepted() -> None:
+    """Laws that share no mass: the loss is large, its gradient that of its tangent."""
+    log_p = torch.tensor([[0.0, -1000.0]], dtype=torch.float64)
+    scores = torch.tensor([[-60.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    value = negative_log_alpha(log_p, scores.log_softmax(-1))
+    (gradient,) = torch.autograd.grad(value.sum(), scores)
+    assert float(value.detach()) == pytest.approx(1 - math.log(LEAST_ALPHA), rel=1e-3)
+    assert torch.isfinite(gradient).all()
+
+
 def test_lambda_follows_the_paper() -> None:
     """lam = exp(-3 alpha): 1 at alpha 0, exp(-3) at alpha 1."""
     assert lk_lambda(0.0) == 1.0
@@ -48,7 +89,8 @@ def test_closed_form_gradients_equal_autograd(name: str) -> None:
     y.requires_grad_(True)
     log_p, log_q = z.log_softmax(-1), y.log_softmax(-1)
     (wanted,) = torch.autograd.grad(loss.value(log_p, log_q, 0.4).sum(), y)
-    got = loss.gradient(log_p.exp(), log_q.detach().exp(), 0.4)
+    log_q = log_q.detach()
+    got = loss.gradient(Laws(log_p, log_q, log_p.exp(), log_q.exp()), 0.4)
     torch.testing.assert_close(got, wanted, atol=1e-12, rtol=1e-9)
 
 

@@ -237,7 +237,7 @@ def test_a_loss_that_is_not_finite_says_what_can_be_done(tmp_path: Path) -> None
 def test_every_registered_loss_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(LOSSES, "another", LOSSES["kl"])
     assert TrainConfig(loss="another").loss == "another"
-    with pytest.raises(ValueError, match="should be 'kl' or 'lk_hybrid' or 'another'"):
+    with pytest.raises(ValueError, match=r"should be 'kl' or 'lk_hybrid' or .* or 'another'"):
         TrainConfig(loss="mse")
 
 

@@ -45,7 +45,10 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """Tokens of one pass (at least one); `finish` says why it is the last, None if it is not."""
+    """Tokens of one pass; `finish` says why it is the last, None if it is not.
+
+    Only the passes of a long prompt's first chunks have no tokens: they let the caller stop there.
+    """
 
     tokens: list[int]
     stats: RoundStats
@@ -87,15 +90,24 @@ def check_request(request: Request, target: Target, drafter: Drafter | None) -> 
 def decode(
     target: Target, drafter: Drafter | None, request: Request, dice: Dice
 ) -> Iterator[Round]:
-    """Decode one request; the first item is the prompt's pass with the first token.
+    """Decode one request: first the prompt's passes, the last of them with the first token.
 
     Target and drafter are emptied first and belong to this request until the iterator is exhausted
     or closed. Raises UsageError for a request that cannot be decoded.
     """
     check_request(request, target, drafter)
     limit = min(request.max_tokens, target.max_context - len(request.prompt))
+    target.truncate(0)
+    if drafter is not None:
+        drafter.truncate(0)
+    start = 0
+    while (stop := start + request.prefill_chunk) < len(request.prompt):
+        clock = _Clock(target, drafter)
+        _prefill(target, drafter, request.prompt, start, stop)
+        start = stop
+        yield Round([], clock.stats(0, 0, 0, prompt=True), None)
     clock = _Clock(target, drafter)
-    root, pending = _prefill(target, drafter, request, dice)
+    root, pending = _first_token(target, request, start, dice)
     lookup = None
     if drafter is not None and request.tree.lookup:
         lookup = SuffixLookup(request.sampling.temperature)
@@ -120,28 +132,21 @@ def decode(
 
 
 def _prefill(
-    target: Target, drafter: Drafter | None, request: Request, dice: Dice
-) -> tuple[int, _Pending]:
-    """Feed the prompt in chunks; returns the first token and the last chunk's slots.
-
-    A slot needs the token after its position: for the last position of a chunk that is the next
-    prompt token, and only for the last chunk the token just chosen.
+    target: Target, drafter: Drafter | None, prompt: Sequence[int], start: int, stop: int
+) -> None:
+    """Feed a chunk of the prompt that is not its last: a slot needs the token after its position,
+    here the next one of the prompt.
     """
-    target.truncate(0)
+    _, taps = target.prefill(prompt[start:stop])
     if drafter is not None:
-        drafter.truncate(0)
-    prompt = list(request.prompt)
-    start = 0
-    while True:
-        stop = min(start + request.prefill_chunk, len(prompt))
-        logits, taps = target.prefill(prompt[start:stop])
-        if stop == len(prompt):
-            break
-        if drafter is not None:
-            drafter.extend(prompt[start + 1 : stop + 1], taps)
-        start = stop
+        drafter.extend(prompt[start + 1 : stop + 1], taps)
+
+
+def _first_token(target: Target, request: Request, start: int, dice: Dice) -> tuple[int, _Pending]:
+    """Feed the prompt's last chunk; returns the first token and the chunk's slots."""
+    logits, taps = target.prefill(request.prompt[start:])
     root = choose(logits, request.sampling, dice)
-    return root, _Pending([*prompt[start + 1 :], root], taps)
+    return root, _Pending([*request.prompt[start + 1 :], root], taps)
 
 
 def _draft(

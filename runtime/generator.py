@@ -85,7 +85,9 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one pass added; `text` may be empty. The last piece carries the whole completion."""
+    """What one pass added; `text` may be empty, and for a part of a long prompt so are the tokens.
+    The last piece carries the whole completion.
+    """
 
     text: str
     token_ids: list[int]

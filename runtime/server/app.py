@@ -62,7 +62,7 @@ def create_app(generator: Generator, settings: ServerSettings) -> FastAPI:
 
 def _add_guards(app: FastAPI, settings: ServerSettings, metrics: Metrics) -> None:
     """The one added last stands first."""
-    app.add_middleware(LimitBody, limit=settings.max_body_bytes)
+    app.add_middleware(LimitBody, limit=settings.max_body_bytes, seconds=settings.upload_timeout_s)
     if settings.api_key is not None:
         app.add_middleware(RequireKey, key=settings.api_key.get_secret_value())
     if settings.cors_origins:

@@ -74,6 +74,16 @@ def body_too_large(limit: int) -> ApiError:
     )
 
 
+def upload_too_slow(seconds: float) -> ApiError:
+    """408: the connection is closed after it, because the rest of the body is not read."""
+    return ApiError(
+        408,
+        f"The request body did not arrive within {seconds:g} s, the limit of this server.",
+        code="upload_timeout",
+        headers={"Connection": "close"},
+    )
+
+
 def queue_full(waiting: int, retry_after_s: int) -> ApiError:
     """429: as many requests wait as may."""
     return ApiError(

@@ -1,4 +1,4 @@
-"""What stands before the routes: log line and request id, API key, body size. Plain ASGI.
+"""What stands before the routes: log line and request id, API key, body size and time. Plain ASGI.
 
 Refusals are OpenAI-style bodies. No log line holds a prompt, an answer, a key, a header or a path
 that a client made up.
@@ -6,6 +6,7 @@ that a client made up.
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 import time
@@ -16,7 +17,7 @@ from collections.abc import Collection
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from runtime.server.errors import body_too_large, internal, wrong_key
+from runtime.server.errors import body_too_large, internal, upload_too_slow, wrong_key
 from runtime.server.metrics import Metrics
 
 logger = logging.getLogger("slimspec.server")
@@ -92,10 +93,12 @@ class RequireKey:
 
 
 class LimitBody:
-    """Refuses bodies of more than `limit` bytes: by their declared length, else as they come."""
+    """Refuses bodies of more than `limit` bytes, by their declared length or else as they come, and
+    those that are not here within `seconds`.
+    """
 
-    def __init__(self, app: ASGIApp, limit: int) -> None:
-        self._app, self._limit = app, limit
+    def __init__(self, app: ASGIApp, limit: int, seconds: float) -> None:
+        self._app, self._limit, self._seconds = app, limit, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -106,12 +109,19 @@ class LimitBody:
         if declared.isdecimal() and int(declared) > self._limit:
             await body_too_large(self._limit).response()(scope, receive, send)
             return
-        seen = 0
+        seen, complete = 0, False
+        end = time.monotonic() + self._seconds
 
         async def limited() -> Message:
-            nonlocal seen
-            message = await receive()
+            nonlocal seen, complete
+            if complete:  # what comes now is the end of the connection
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), max(0.0, end - time.monotonic()))
+            except TimeoutError:
+                raise upload_too_slow(self._seconds) from None
             seen += len(message.get("body", b""))
+            complete = not message.get("more_body", False)
             if seen > self._limit:
                 raise body_too_large(self._limit)
             return message

@@ -66,6 +66,8 @@ def make_server(app: FastAPI) -> DrainingServer:
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=_FLUSH_S,
+        # uvicorn refuses at this number, the new connection counted
+        limit_concurrency=app.state.service.settings.max_connections + 1,
     )
     return DrainingServer(config, app.state.service)
 

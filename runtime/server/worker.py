@@ -188,6 +188,8 @@ class Worker:
         with closing(cast("PythonGenerator[Piece]", job.pieces)) as pieces:
             while job.cancelled is None:
                 piece = next(pieces)
+                if not piece.token_ids:  # a part of a long prompt: only a place to stop at
+                    continue
                 job.record.piece(piece)
                 if piece.completion is not None:
                     job.record.ended(piece.completion)

@@ -95,6 +95,19 @@ class TestGreedy:
         expected = naive_greedy(key, prompt, 14)
         assert tokens_of(run(MODELS[key], request)) == expected
 
+    def test_a_long_prompt_can_be_left_between_its_chunks(self) -> None:
+        """Each chunk but the last is a pass without tokens; then everything is as in one pass."""
+        model = MODELS["twin", 0.0, 0]
+        rounds = decode(
+            model.target, model.drafter, Request(PROMPT, 8, prefill_chunk=2), SeededDice(0)
+        )
+        for done in range(2, len(PROMPT), 2):
+            passed = next(rounds)
+            assert (passed.tokens, passed.finish, passed.stats.prompt) == ([], None, True)
+            assert (model.target.length, model.drafter.length) == (done, done)
+        assert len(next(rounds).tokens) == 1
+        rounds.close()
+
     def test_every_kind_of_round_occurs(self) -> None:
         """Rounds that accept nothing, a part and everything, or the tests above show little."""
         accepted = {

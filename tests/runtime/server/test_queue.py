@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from http.client import HTTPConnection
 from typing import Any
 
@@ -14,6 +15,7 @@ import httpx
 import openai
 import pytest
 
+from runtime.decode import Request
 from runtime.server import ServerSettings
 from runtime.server.listen import open_socket, run
 from tests.runtime.server.scripted import (
@@ -45,10 +47,10 @@ def ask(server: Running, pool: ThreadPoolExecutor) -> Future[str | None]:
     return pool.submit(answer)
 
 
-def leave(server: Running, when: Callable[[], bool]) -> None:
+def leave(server: Running, when: Callable[[], bool], prompt: str = "0") -> None:
     """Send a request on a connection of its own and close that before the answer is there."""
     connection = HTTPConnection("127.0.0.1", httpx.URL(server.url).port, timeout=20)
-    body = json.dumps({"model": MODEL, **ENDLESS})
+    body = json.dumps({"model": MODEL, **ENDLESS, "prompt": prompt})
     connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
     wait_until(when)
     connection.close()
@@ -148,6 +150,27 @@ class TestClientsThatLeave:
             assert (first.result(), second.result()) == (TEXT, TEXT)
             tokens = server.metrics()["slimspec_generated_tokens_total"]
             assert tokens == 2 * 19  # none for the one that left
+
+    def test_a_long_prompt_is_left_between_its_chunks(
+        self, generator: ValvedGenerator, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Only the chunk that runs is finished, and no token is counted."""
+        small = partial(Request, prefill_chunk=1)
+        monkeypatch.setattr("runtime.generator.Request", small)
+        with running(generator) as server:
+            generator.valve.close()
+            leave(server, lambda: server.service.worker.running == 1, prompt="0123")
+            self.check_it_stops(server)
+            asked = server.metrics()
+            assert asked["slimspec_prompt_tokens_total"] == 1  # of the second request alone
+
+    def test_a_long_prompt_answers_and_streams_as_ever(
+        self, generator: ValvedGenerator, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("runtime.generator.Request", partial(Request, prefill_chunk=1))
+        with running(generator) as server, ThreadPoolExecutor(1) as pool:
+            assert ask(server, pool).result() == TEXT
+            assert server.metrics()["slimspec_time_to_first_token_seconds_count"] == 1
 
 
 class TestTimeLimit:

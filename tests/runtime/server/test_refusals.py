@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -269,6 +271,41 @@ class TestBodySize:
             headers={"content-type": "application/json"},
         )
         assert answer.status_code == 200
+
+
+class TestSlowClients:
+    def test_a_body_that_does_not_come_is_refused_and_the_connection_closed(
+        self, generator: ValvedGenerator
+    ) -> None:
+        """The head promises 100 bytes, 10 are sent."""
+        with running(generator, upload_timeout_s=0.2) as server:
+            host, port = server.listener.getsockname()[:2]
+            with socket.create_connection((host, port), timeout=10) as line:
+                line.sendall(
+                    b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
+                    b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n0123456789"
+                )
+                answer = b""
+                while part := line.recv(4096):  # until the server closes
+                    answer += part
+            assert answer.startswith(b"HTTP/1.1 408 ")
+            assert b"upload_timeout" in answer
+            assert server.service.worker.idle
+
+    def test_a_whole_body_may_wait_for_its_answer_longer_than_that(
+        self, generator: ValvedGenerator
+    ) -> None:
+        with running(generator, upload_timeout_s=0.2) as server:
+            generator.valve.close()
+            threading.Timer(0.6, generator.valve.open).start()
+            assert post(server, "chat/completions", CHAT).status_code == 200
+
+    def test_connections_beyond_the_limit_get_503(self, generator: ValvedGenerator) -> None:
+        with (
+            running(generator, max_connections=1) as server,
+            socket.create_connection(server.listener.getsockname()[:2], timeout=10),
+        ):
+            assert server.http.get("/health").status_code == 503
 
 
 class TestClientExceptions:

@@ -37,7 +37,8 @@ class TreeConfig:
     neither kept nor expanded; 0 turns that off. `lookup`: longest guess taken from the text so far
     (`runtime.lookup`), which may reach below `depth`; 0 turns that off. `min_level`: where the path
     probabilities of the nodes to expand next sum to less, drafting ends: one more drafter call
-    would cost more than it brings; 0 turns that off.
+    would cost more than it brings; 0 turns that off. Of drawn nodes the best one counts alone: a
+    sum would let a token's own children decide whether others outrank it.
     """
 
     depth: int = 4
@@ -207,13 +208,14 @@ class _Pool:
     tree, nor can their children, so leaving them out changes nothing but the time.
     """
 
-    def __init__(self, config: TreeConfig) -> None:
+    def __init__(self, config: TreeConfig, drawn: bool) -> None:
         self.tokens: list[int] = []
         self.parents: list[int] = []  # flat index, -1: the root
         self.depths: list[int] = []
         self.scores: list[float] = []
         self.drawn: list[Drawn | None] = []
         self._config = config
+        self._worth = max if drawn else sum  # of the nodes to expand next, see `frontier`
         self._floor = -math.inf
         if config.min_prob > 0:
             self._floor = math.nextafter(math.log(config.min_prob), -math.inf)
@@ -243,14 +245,18 @@ class _Pool:
 
     def frontier(self, level: range, fed: Container[int]) -> list[int]:
         """The nodes of `level` worth expanding: its best `width` above the bar, best first; none
-        where they are too unlikely together.
+        where they are too unlikely: together, or the best of them where nodes are drawn.
+
+        With the best one alone drawn trees stay lossless. Where a child of x is the one that lets
+        drafting go on, all that follows scores no higher than that child, so nothing of it
+        outranks x.
 
         Only a child of a node that was `fed` can be: the drafter has no state of other parents.
         """
         open_ = [n for n in level if self.parents[n] in fed and self.scores[n] > self.bar]
         best = self._best(open_, self._config.width)
-        together = sum(math.exp(self.scores[node]) for node in best)
-        return best if together >= self._config.min_level else []
+        chances = [math.exp(self.scores[node]) for node in best]
+        return best if chances and self._worth(chances) >= self._config.min_level else []
 
     def selected(self, root: int) -> DraftTree:
         """The best `budget` candidates under the root, in flat order."""
@@ -320,7 +326,7 @@ def grow(
     With `drawing` tokens are drawn, without it they are the drafter's best. Raises CheckFailed for
     a log-probability that is not a number.
     """
-    pool, path = _Pool(config), _GuessPath(guess)
+    pool, path = _Pool(config, drawn=drawing is not None), _GuessPath(guess)
 
     def propose(parents: list[int], proposals: Proposals, depth: int) -> range:
         new = pool.propose(*_rows(parents, proposals, path, config.width, drawing), depth)

@@ -82,6 +82,7 @@ CASES = [
     (TreeConfig(depth=3, width=1, budget=3), NO_GUESS),
     (TreeConfig(depth=2, width=2, budget=4), NO_GUESS),
     (TreeConfig(depth=2, width=3, budget=3, min_prob=0.05), NO_GUESS),
+    (TreeConfig(depth=3, width=2, budget=4, min_level=0.15), NO_GUESS),
     (TreeConfig(depth=2, width=1, budget=2), Guess([1], [math.log(0.3)])),
     (TreeConfig(depth=2, width=2, budget=3), Guess([1], [math.log(0.35)])),
     (
@@ -110,6 +111,44 @@ class TestLaw:
                 for size in range(1, longest + 1)
             )
             assert got == pytest.approx(math.prod(chance), abs=1e-9)
+
+    @pytest.mark.parametrize("min_level", [0.1, 0.2, 0.25, 0.3, 0.33, 0.4, 0.465, 0.5, 0.7])
+    def test_where_drafting_ends_does_not_depend_on_what_was_drawn(self, min_level: float) -> None:
+        """Laws in which the children of a late sibling would tip the scales, and push it out of the
+        tree, if all nodes of a level were counted together.
+        """
+
+        def law_after(path: Path) -> Law:
+            early: dict[Path, list[float]] = {(): [0.8] + [0.2 / 3] * 3, (0,): [0.5, 0.5, 0, 0]}
+            late = [0.25] * 4 if path[:1] == (3,) else [1.0, 0, 0, 0]
+            return np.array(early.get(path, late))
+
+        drafted: list[Path] = [()]
+
+        def proposals() -> Proposals:
+            laws = [law_after(path) for path in drafted]
+            order = [np.argsort(-law, kind="stable") for law in laws]
+            with np.errstate(divide="ignore"):
+                logs = [np.log(law[o]).tolist() for law, o in zip(laws, order, strict=True)]
+            return Proposals([o.tolist() for o in order], logs)
+
+        def expand(frontier: Frontier) -> Proposals:
+            rows = zip(frontier.tokens, frontier.parent_rows, strict=True)
+            drafted[:] = [(*drafted[row], token) for token, row in rows]
+            return proposals()
+
+        target = np.array([0.1, 0.1, 0.4, 0.4])
+        config = TreeConfig(depth=3, width=4, budget=8, min_prob=0.03, min_level=min_level)
+
+        def emit(dice: Dice) -> int:
+            drafted[:] = [()]
+            drawing = Drawing(SamplingConfig(1.0), dice)
+            tree = grow(9, proposals(), expand, config, NO_GUESS, drawing)
+            verdict = verify_sampling(tree, lambda _: target.copy(), dice)
+            return tree.tokens[verdict.path[0]] if verdict.path else verdict.bonus
+
+        found = law_of(emit)
+        np.testing.assert_allclose([found[token] for token in range(4)], target, atol=1e-9)
 
     def test_a_drafter_equal_to_the_target_is_never_refused(self) -> None:
         """Nothing is given away: with q = p the first draw is always accepted."""

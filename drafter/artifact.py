@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -105,7 +106,7 @@ def write_artifact(
     exception, Ctrl-C included, nothing is left behind.
     """
     destination = Path(folder).resolve()
-    _refuse_foreign(destination, kind)
+    refuse_foreign(destination, kind)
     with disk_full_as_error(destination, needed_bytes):
         destination.parent.mkdir(parents=True, exist_ok=True)
         _clear_leftovers(destination)
@@ -269,8 +270,26 @@ def _parse_manifest(folder: Path, kind: str, remedy: str) -> Manifest:
     return manifest
 
 
-def _refuse_foreign(destination: Path, kind: str) -> None:
+def link_or_copy(source: Path, place: Path) -> None:
+    """Put a file at `place`, without a second copy where the file system allows; whole or not at
+    all.
+    """
+    partial = place.with_name(f"{place.name}.partial")
+    partial.unlink(missing_ok=True)
+    try:
+        os.link(source, partial)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, partial)
+    partial.replace(place)
+
+
+def refuse_foreign(folder: Path, kind: str) -> None:
+    """Raise UsageError where an artifact of `kind` would replace what is not one.
+
+    `write_artifact` asks as well; a long stage should before it begins.
+    """
     # The destination will be replaced: never do that to a folder which is not ours.
+    destination = folder.resolve()
     if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
         return
     found = _kind_of(destination)
@@ -335,12 +354,12 @@ def _clear_leftovers(destination: Path) -> None:
 
 
 def _clear_unlocked(destination: Path) -> None:
-    olds = sorted(destination.parent.glob(_prefix(destination, "old") + "*"))
+    olds = sorted(destination.parent.glob(glob.escape(_prefix(destination, "old")) + "*"))
     if olds and not destination.exists():
         olds.pop().rename(
             destination
         )  # killed between the two renames: the old artifact is still good
-    for path in (*olds, *destination.parent.glob(_prefix(destination, "new") + "*")):
+    for path in (*olds, *destination.parent.glob(glob.escape(_prefix(destination, "new")) + "*")):
         with suppress(OSError):
             lock = os.open(path, os.O_RDONLY)
             try:

@@ -57,10 +57,13 @@ def continue_texts(
     keep: bool = False,
 ) -> Iterator[Text]:
     """Continue every prompt until an end-of-sequence token (kept) or `max_new_tokens`, `batch` at a
-    time. Temperature 0 is greedy. Texts come as they finish; with `keep` they hold their sights.
+    time, no further than the target's context. Temperature 0 is greedy. Texts come as they finish;
+    with `keep` they hold their sights.
     """
+    context = target.config.max_positions
     waiting = deque(range(len(prompts)))
-    cache = _Cache(target, min(batch, len(prompts)), max(map(len, prompts)) + max_new_tokens)
+    longest = min(max(map(len, prompts)) + max_new_tokens, context)
+    cache = _Cache(target, min(batch, len(prompts)), longest)
     texts: list[Text] = []  # text i owns row i of the cache
     refill = max(1, batch // 8)  # prompts are fed together: one at a time would waste the pass
     while waiting or texts:
@@ -77,7 +80,7 @@ def continue_texts(
         tokens = choose(logits.float(), warm, generator).tolist()
         for text, token in zip(fed, tokens, strict=True):
             text.answer.append(token)
-        yield from _take_finished(target, cache, texts, max_new_tokens)
+        yield from _take_finished(target, cache, texts, max_new_tokens, context)
 
 
 def choose(logits: Tensor, temperatures: Tensor, generator: torch.Generator) -> Tensor:
@@ -86,7 +89,8 @@ def choose(logits: Tensor, temperatures: Tensor, generator: torch.Generator) -> 
     warm = temperatures > 0
     if not warm.any():
         return tokens
-    law = torch.softmax(logits[warm] / temperatures[warm, None], dim=-1)
+    shifted = logits[warm] - logits[warm].max(-1, keepdim=True).values  # before a tiny temperature
+    law = torch.softmax(shifted / temperatures[warm, None], dim=-1)
     sums = law.cumsum(-1, dtype=torch.float64)  # [W, V]
     drawn = torch.rand(len(sums), 1, dtype=torch.float64, generator=generator) * sums[:, -1:]
     places = torch.searchsorted(sums, drawn, right=True).squeeze(1)  # never a token of no mass
@@ -185,13 +189,14 @@ def _layer(
 
 
 def _take_finished(
-    target: TargetDecoder, cache: _Cache, texts: list[Text], limit: int
+    target: TargetDecoder, cache: _Cache, texts: list[Text], limit: int, context: int
 ) -> Iterator[Text]:
     """Remove the texts that ended; the last text moves into the row that becomes free."""
     ends = target.config.eos_token_ids
     for row in range(len(texts) - 1, -1, -1):
         text = texts[row]
-        if text.answer[-1] not in ends and len(text.answer) < limit:
+        full = len(text.answer) >= min(limit, context - len(text.prompt))
+        if text.answer[-1] not in ends and not full:
             continue
         last = texts.pop()
         if row < len(texts):

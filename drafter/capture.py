@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -49,9 +49,15 @@ def likeliest(logits: Tensor) -> Tensor:
 
 
 def capture_shards(
-    target: TargetDecoder, corpus: Path, out: Path, progress: Progress | None = None
+    target: TargetDecoder,
+    corpus: Path,
+    out: Path,
+    progress: Progress | None = None,
+    fingerprint: str = "",
 ) -> None:
-    """Capture every shard of `corpus` into `out`. `progress(done, total)` counts tokens."""
+    """Capture every shard of `corpus` into `out`. `progress(done, total)` counts tokens;
+    `fingerprint` says which target it is.
+    """
     out.mkdir(parents=True, exist_ok=True)
     paths = shards(corpus)
     totals = [sum(len(d.ids) for d in read_shard(path)) for path in paths]
@@ -61,7 +67,7 @@ def capture_shards(
             None if progress is None else (lambda n, done=done: progress(done + n, sum(totals)))
         )
         if not (out / path.name).exists():
-            _capture_shard(target, read_shard(path), out / path.name, report)
+            _capture_shard(target, read_shard(path), out / path.name, report, fingerprint)
     if progress is not None:
         progress(sum(totals), sum(totals))
 
@@ -71,6 +77,7 @@ def _capture_shard(
     documents: list[Document],
     path: Path,
     report: Callable[[int], None] | None,
+    fingerprint: str,
 ) -> None:
     seen, parts = 0, []
     for captured in capture(target, documents):
@@ -78,11 +85,15 @@ def _capture_shard(
         seen += len(captured.ids)
         if report is not None:
             report(seen)
-    write_captured(path, parts, target.taps)
+    write_captured(path, parts, target.taps, fingerprint)
 
 
-def write_captured(path: Path, documents: Sequence[Captured], taps: Sequence[int]) -> None:
-    """Write one shard under a temporary name, then rename it; its metadata names the taps."""
+def write_captured(
+    path: Path, documents: Sequence[Captured], taps: Sequence[int], target: str
+) -> None:
+    """Write one shard under a temporary name, then rename it; its metadata names what was seen:
+    the taps and the fingerprint of the target.
+    """
     offsets = torch.tensor([0] + [len(d.ids) for d in documents]).cumsum(0)
     tensors = {
         name: torch.cat([getattr(d, name) for d in documents])
@@ -90,14 +101,21 @@ def write_captured(path: Path, documents: Sequence[Captured], taps: Sequence[int
     }
     tensors["ids"], tensors["mask"] = tensors["ids"].int(), tensors["mask"].to(torch.uint8)
     partial = path.with_suffix(".partial")
-    save_file(tensors | {"offsets": offsets}, partial, metadata={"taps": json.dumps(list(taps))})
+    save_file(tensors | {"offsets": offsets}, partial, metadata=_metadata(taps, target))
     partial.rename(path)
 
 
-def captured_taps(path: Path) -> tuple[int, ...]:
-    """Tap ids ("input of layer i") of a captured shard; empty where it does not say."""
-    with safe_open(path, framework="pt") as reader:
-        return tuple(json.loads((reader.metadata() or {}).get("taps", "[]")))
+def is_captured_from(path: Path, taps: Sequence[int], target: str) -> bool:
+    """Whether a captured shard holds these taps of this target; False where it does not say."""
+    try:
+        with safe_open(path, framework="pt") as reader:
+            return (reader.metadata() or {}) == _metadata(taps, target)
+    except (SafetensorError, OSError):
+        return False
+
+
+def _metadata(taps: Sequence[int], target: str) -> dict[str, str]:
+    return {"taps": json.dumps(list(taps)), "target": target}
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice, pairwise
@@ -45,12 +46,19 @@ def read_dialogues(path: Path, vocab_size: int) -> Iterator[Document]:
     """Documents of a JSONL file (plain or .gz), `{"prompt_ids": [...], "response_ids": [...]}` a
     line.
 
-    Raises UsageError naming the line that does not fit.
+    Raises UsageError naming the line that does not fit, or a file that cannot be read to its end.
     """
     opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            yield _dialogue(line, f"{path}, line {number}", vocab_size)
+    number = 0
+    try:
+        with opener(path, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                yield _dialogue(line, f"{path}, line {number}", vocab_size)
+    except (EOFError, gzip.BadGzipFile, UnicodeDecodeError, zlib.error) as error:
+        raise UsageError(
+            f"{path} cannot be read after line {number} ({error}); it is cut off or damaged: "
+            "get the file again."
+        ) from None
 
 
 def _dialogue(line: str, where: str, vocab_size: int) -> Document:

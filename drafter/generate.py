@@ -20,10 +20,11 @@ from torch.nn import functional as F
 
 from drafter.batch_decode import Text, choose, continue_texts
 from drafter.capture import CAPTURED, Captured, write_captured
-from drafter.corpus import DOCUMENTS_PER_SHARD, document, shard_path, write_shard
+from drafter.corpus import DOCUMENTS_PER_SHARD, Document, document, shard_path, write_shard
 from drafter.decoder import TargetDecoder
 from drafter.errors import UsageError
 
+MAX_SEED = 2**40  # times a million it still fits into 64 bits
 Progress = Callable[[int, int], None]
 
 
@@ -36,9 +37,11 @@ class GenerateConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     max_new_tokens: int = Field(240, gt=0)
-    temperatures: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = (0.0, 0.6, 1.0)
+    temperatures: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = Field(
+        (0.0, 0.6, 1.0), min_length=1
+    )
     batch: int = Field(32, gt=0)
-    seed: int = 0
+    seed: int = Field(0, ge=0, le=MAX_SEED)
     keep_states: bool = False
 
 
@@ -107,11 +110,13 @@ def answer_prompts(
     config: GenerateConfig,
     shard: int,
     progress: Callable[[int], None] | None = None,
-) -> list[Text]:
-    """The answers of one shard, in the order of its prompts."""
+) -> list[tuple[Document, Captured | None]]:
+    """The documents of one shard, in the order of its prompts, with what was seen if that is
+    kept.
+    """
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + shard)
     rotation = config.temperatures
-    answered: dict[int, Text] = {}
+    answered: dict[int, tuple[Document, Captured | None]] = {}
     for text in continue_texts(
         target,
         prompts,
@@ -121,7 +126,8 @@ def answer_prompts(
         generator,
         config.keep_states,
     ):
-        answered[text.index] = text
+        seen = seen_document(text) if config.keep_states else None
+        answered[text.index] = (document([*text.prompt], text.answer), seen)
         if progress is not None:
             progress(len(answered))
     return [answered[i] for i in range(len(prompts))]
@@ -133,16 +139,25 @@ def generate_corpus(
     out: Path,
     config: GenerateConfig,
     progress: Progress | None = None,
+    fingerprint: str = "",
 ) -> int:
     """Answer all prompts into shards of `out`; finished shards are kept. Returns the number of
     shards.
 
-    `progress(done, total)` counts documents. Raises UsageError for no prompts.
+    `progress(done, total)` counts documents; kept states say that they are of the target
+    `fingerprint`. Raises UsageError for no prompts, or one that leaves no room for an answer.
     """
     if not prompts:
         raise UsageError(
             "There are no prompts to answer; give a prompt file with at least one line."
         )
+    room = target.config.max_positions
+    for number, prompt in enumerate(prompts, 1):
+        if len(prompt) >= room:
+            raise UsageError(
+                f"Prompt {number} has {len(prompt)} tokens, but the target's context holds {room} "
+                f"and needs one for the answer; shorten it to {room - 1} tokens or leave it out."
+            )
     (out / CAPTURED if config.keep_states else out).mkdir(parents=True, exist_ok=True)
     for shard, start in enumerate(range(0, len(prompts), DOCUMENTS_PER_SHARD)):
         path = shard_path(out, shard)
@@ -150,10 +165,11 @@ def generate_corpus(
             continue
         part = prompts[start : start + DOCUMENTS_PER_SHARD]
         report = None if progress is None else partial(_tell, progress, start, len(prompts))
-        texts = answer_prompts(target, part, config, shard, report)
+        answered = answer_prompts(target, part, config, shard, report)
         if config.keep_states:
-            write_captured(out / CAPTURED / path.name, [*map(seen_document, texts)], target.taps)
-        write_shard(path, [document([*text.prompt], text.answer) for text in texts])
+            seen = [captured for _, captured in answered if captured is not None]
+            write_captured(out / CAPTURED / path.name, seen, target.taps, fingerprint)
+        write_shard(path, [document for document, _ in answered])
     return -(-len(prompts) // DOCUMENTS_PER_SHARD)
 
 
@@ -188,7 +204,13 @@ def self_prompts(
     yields too few.
     """
     mark = "\u241ffill\u241f"
-    before, after = template.render([{"role": "user", "content": mark}]).split(mark)
+    parts = template.render([{"role": "user", "content": mark}]).split(mark)
+    if len(parts) != 2:
+        raise UsageError(
+            f"The target's chat template writes a user turn {len(parts) - 1} times, so it cannot "
+            "be left open for the target to fill; give a prompt file instead."
+        )
+    before, after = parts
     opening, closing = template.encode(before), template.encode(after)
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 - 1)
     found: dict[tuple[int, ...], None] = {}

@@ -84,7 +84,10 @@ ALONE = Share()
 @contextmanager
 def joined() -> Iterator[Share]:
     """The share that `torchrun` gave this process; `ALONE` without it. Raises UsageError."""
-    count = int(os.environ.get("WORLD_SIZE", "1"))
+    given = os.environ.get("WORLD_SIZE", "1")
+    if not given.isdecimal() or int(given) < 1:
+        raise UsageError(f"WORLD_SIZE is '{given}'; it must be a whole number >= 1.")
+    count = int(given)
     if count == 1:
         yield ALONE
         return

@@ -119,7 +119,7 @@ class ChatTokenizer:
             return self._template.render(
                 messages=checked, add_generation_prompt=True, tools=None, **self._special_tokens
             )
-        except (TemplateError, TypeError, ValueError, OverflowError) as error:
+        except Exception as error:  # a template is a program: it may fail in any way
             raise UsageError(f"the chat template refuses these messages: {error}") from None
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -197,7 +197,10 @@ def _template_text(folder: Path, settings: Mapping[str, Any]) -> str | None:
     if path.is_file():
         if path.stat().st_size > MAX_TEMPLATE_BYTES:
             raise UsageError(f"{path} has more than {MAX_TEMPLATE_BYTES} bytes")
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{path} is not UTF-8 text ({error}); get the file again") from None
     template = settings.get("chat_template")
     if isinstance(template, list):  # several named templates
         by_name = {entry.get("name"): entry.get("template") for entry in template}

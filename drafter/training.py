@@ -56,7 +56,7 @@ class TrainConfig(BaseModel):
     sampled_rows: int = Field(1024, ge=0)
     supervise: Literal["answers", "all"] = "answers"
     precision: Literal["fp32", "bf16"] = "bf16"
-    seed: int = 0
+    seed: int = Field(0, ge=0, le=2**40)
     checkpoint_minutes: float = Field(5.0, gt=0)
 
     @field_validator("loss")
@@ -124,6 +124,8 @@ def train(
     )
     plan = batch_plan(config, [len(d.ids) for d in documents])
     step = load_state(run, drafter, optimizer, config.model_dump(mode="json"))
+    if share.first:
+        _forget_after(run, step)
     first, saved_at, clock, stopped = step, time.monotonic(), _Clock(), 0.0
     with held_interrupt() as interrupted:
         while step < len(plan) and (stop_after is None or step - first < stop_after):
@@ -175,17 +177,22 @@ def train_step(
     rows = step_rows(documents, drafter.config.vocab_size, config, step)
     part, alphas = batch_loss(drafter, share.of(documents), rows, config, share)
     (loss,) = share.sums([float(part.detach())])
-    if not math.isfinite(loss):
-        raise UsageError(
-            f"The loss is {loss} at step {step}; train again with a lower --learning-rate "
-            "and a new --run folder."
-        )
+    _check_finite("loss", loss, step)
     if part.requires_grad:  # a process without documents has nothing to add
         part.backward()  # type: ignore[no-untyped-call]
     share.sum_gradients(drafter)
-    norm = torch.nn.utils.clip_grad_norm_(drafter.parameters(), config.clip)
+    norm = float(torch.nn.utils.clip_grad_norm_(drafter.parameters(), config.clip))
+    _check_finite("gradient norm", norm, step)
     optimizer.step()
-    return {"loss": loss, "alpha": alphas, "gradient_norm": float(norm), "learning_rate": rate}
+    return {"loss": loss, "alpha": alphas, "gradient_norm": norm, "learning_rate": rate}
+
+
+def _check_finite(what: str, value: float, step: int) -> None:
+    if not math.isfinite(value):
+        raise UsageError(
+            f"The {what} is {value} at step {step}; train again with a lower --learning-rate "
+            "and a new --run folder."
+        )
 
 
 def step_rows(
@@ -279,6 +286,23 @@ class _Clock:
             eta=(steps - step) * elapsed / self.steps,
             **values,
         )
+
+
+def _forget_after(run: Path, step: int) -> None:
+    """Drop the logged steps that a killed run made after its last saved state: they come again.
+    A line that the kill cut short goes too.
+    """
+    path = run / "log.jsonl"
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n") or json.loads(line)["step"] > step:
+            break
+        kept.append(line)
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    partial.replace(path)
 
 
 def _log(run: Path, row: StepReport) -> None:

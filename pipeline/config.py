@@ -101,11 +101,13 @@ class CorpusOptions(_Options):
     prompts: Path | None = None
     count: int = Field(2000, ge=1)
     max_tokens: int = Field(240, ge=1)
-    temperatures: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = (0.0, 0.6, 1.0)
+    temperatures: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = Field(
+        (0.0, 0.6, 1.0), min_length=1
+    )
     batch: int = Field(64, ge=1)
     precision: Literal["fp32", "bf16"] = "bf16"
     keep_states: bool = False
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=2**40)
     out: Path | None = None
 
 

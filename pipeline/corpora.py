@@ -7,7 +7,6 @@ so that a stopped run goes on with the next shard.
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,9 @@ from drafter.artifact import (
     disk_full_as_error,
     fingerprint,
     is_up_to_date,
+    link_or_copy,
     read_artifact,
+    refuse_foreign,
     sha256_file,
     write_artifact,
 )
@@ -40,7 +41,8 @@ _PROMPTS = "prompts.json"
 def corpus_stage(options: CorpusOptions, offline: bool | None = None) -> ArtifactReport:
     """Make a corpus, going on with a stopped one. Raises UsageError."""
     target = fetch_target(options.target, offline)
-    out = options.out or target_workspace(target) / "corpus"
+    out = (options.out or target_workspace(target) / "corpus").resolve()
+    refuse_foreign(out, KIND)
     inputs = {"target": target.fingerprint}
     if options.prompts is not None:
         inputs["prompts"] = sha256_file(_existing(options.prompts))
@@ -54,7 +56,7 @@ def corpus_stage(options: CorpusOptions, offline: bool | None = None) -> Artifac
         for shard in sorted(work.rglob("shard-*.safetensors")):
             place = folder / shard.relative_to(work)
             place.parent.mkdir(exist_ok=True)
-            os.link(shard, place)
+            link_or_copy(shard, place)
     shutil.rmtree(work)
     return _report(out, up_to_date=False)
 
@@ -110,6 +112,7 @@ def _answer(target: TargetFolder, options: CorpusOptions, work: Path, tell: Tell
         work,
         config,
         lambda done, total: tell(f"answered {done} of {total} prompts", done / total),
+        target.fingerprint,
     )
     return len(prompts)
 

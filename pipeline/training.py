@@ -7,7 +7,6 @@ A run has a folder: `run.json` (what it is made from), `corpus/` (where dialogue
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -21,7 +20,9 @@ from drafter.artifact import (
     check_free_space,
     disk_full_as_error,
     is_up_to_date,
+    link_or_copy,
     read_artifact,
+    refuse_foreign,
     sha256_file,
     write_artifact,
 )
@@ -77,6 +78,7 @@ def _train_stage(options: TrainOptions, share: Share, offline: bool | None) -> A
     config = drafter_config(options, target, read_target_config(target.path))
     run = options.run or target_workspace(target) / "train"
     out = options.out or target_workspace(target) / "drafter"
+    refuse_foreign(out, DRAFTER_KIND)
     with share.in_turn():
         corpus = _corpus(options, target, run, config.vocab_size)
     inputs = {"target": target.fingerprint, "corpus": corpus_fingerprint(corpus)}
@@ -242,7 +244,7 @@ def _capture(
     out.mkdir(parents=True, exist_ok=True)
     paths = shards(corpus)
     for path in paths:
-        _take_captured(path, out / path.name, config.taps)
+        _take_captured(path, out / path.name, config.taps, target.fingerprint)
     todo = [path for path in paths if not (out / path.name).exists()]
     if not todo:
         return
@@ -258,26 +260,20 @@ def _capture(
             rate = done / (time.monotonic() - start)
             tell(f"{done} of {total} tokens, {rate:.0f} tokens/s", done / total)
 
-        capture_shards(model, corpus, out, report)
+        capture_shards(model, corpus, out, report, target.fingerprint)
 
 
-def _take_captured(shard: Path, place: Path, taps: tuple[int, ...]) -> None:
-    """Use what the corpus kept of the target, where it kept these taps."""
-    from drafter.capture import CAPTURED, captured_taps
+def _take_captured(shard: Path, place: Path, taps: tuple[int, ...], target: str) -> None:
+    """Use what the corpus kept of the target, where it kept these taps of this target."""
+    from drafter.capture import CAPTURED, is_captured_from
 
     kept = shard.parent / CAPTURED / shard.name
     if place.exists() or not kept.exists():
         return
-    if (found := captured_taps(kept)) != taps:
-        note(f"{kept} holds taps {found}, the drafter reads {taps}: capturing again")
+    if not is_captured_from(kept, taps, target):
+        note(f"{kept} does not hold taps {taps} of this target: capturing again")
         return
-    partial = place.with_suffix(".partial")
-    partial.unlink(missing_ok=True)
-    try:
-        os.link(kept, partial)
-    except OSError:  # another file system
-        shutil.copyfile(kept, partial)
-    partial.rename(place)
+    link_or_copy(kept, place)
 
 
 def _train(

@@ -20,7 +20,7 @@ from gguf import GGUFReader, GGUFValueType, ReaderTensor
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 
-from drafter.errors import UsageError
+from drafter.errors import SlimSpecError, UsageError
 from drafter.sources.folder import CONFIG, WEIGHTS
 from drafter.sources.gguf_tokenizer import write_tokenizer
 from drafter.sources.progress import Report, silent
@@ -115,12 +115,20 @@ def convert_gguf(gguf: GgufFile, folder: Path, report: Report = silent) -> None:
 
     Raises UsageError for an architecture, tensor or tokenizer that cannot be converted.
     """
-    config = hf_config(gguf)
-    eos = write_tokenizer(gguf, folder)
-    _write_json(folder / CONFIG, config)
-    generation = {"bos_token_id": config["bos_token_id"], "eos_token_id": eos}
-    _write_json(folder / "generation_config.json", generation)
-    write_weights(gguf, folder / WEIGHTS, report)
+    try:
+        config = hf_config(gguf)
+        eos = write_tokenizer(gguf, folder)
+        _write_json(folder / CONFIG, config)
+        generation = {"bos_token_id": config["bos_token_id"], "eos_token_id": eos}
+        _write_json(folder / "generation_config.json", generation)
+        write_weights(gguf, folder / WEIGHTS, report)
+    except (SlimSpecError, OSError):
+        raise
+    except Exception as error:  # fields and tables of a damaged file may be wrong in any way
+        raise UsageError(
+            f"{gguf.path} cannot be converted ({type(error).__name__}: {error}); the file is "
+            "damaged or unusual: get it again, or use the model's Hugging Face folder"
+        ) from error
 
 
 def hf_config(gguf: GgufFile) -> dict[str, Any]:

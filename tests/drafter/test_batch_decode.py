@@ -53,6 +53,12 @@ def test_warm_answers_follow_the_seed() -> None:
     assert answers[0] != [t.answer for t in texts(PROMPTS, 4)]
 
 
+def test_a_tiny_temperature_is_greedy_in_all_but_name() -> None:
+    logits = torch.randn(8, VOCAB, generator=torch.Generator().manual_seed(1))
+    drawn = choose(logits, torch.full((8,), 1e-40), torch.Generator())
+    assert torch.equal(drawn, logits.argmax(-1))
+
+
 def test_tokens_are_drawn_from_the_softmax_and_the_cold_ones_are_the_best() -> None:
     logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(1)) * 2
     logits[::3] = float("-inf")

@@ -71,6 +71,19 @@ def test_a_bad_dialogue_is_named_by_its_line(line: str, sentence: str, tmp_path:
         list(read_dialogues(tmp_path / "a.jsonl", VOCAB))
 
 
+def test_a_file_that_is_cut_off_or_no_text_is_one_sentence(tmp_path: Path) -> None:
+    line = json.dumps({"prompt_ids": [1, 2], "response_ids": [3]}) + "\n"
+    packed = gzip.compress(line.encode() * 1000)
+    for name, content in (
+        ("cut.jsonl.gz", packed[:-9]),
+        ("plain.jsonl.gz", line.encode()),
+        ("latin.jsonl", line.encode() + b'{"caf\xe9": 1}'),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UsageError, match=f"{name} cannot be read after line .* get the file"):
+            list(read_dialogues(tmp_path / name, VOCAB))
+
+
 def test_an_empty_corpus_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds no corpus shards"):
         read_corpus(tmp_path)
@@ -117,6 +130,25 @@ def test_a_corpus_goes_on_with_its_missing_shards(
 def test_no_prompts_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no prompts"):
         generate_corpus(TARGET, [], tmp_path, GenerateConfig())
+
+
+def test_prompts_and_answers_stay_within_the_context(tmp_path: Path) -> None:
+    context = TARGET.config.max_positions
+    config = GenerateConfig(max_new_tokens=20, temperatures=(1.0,))
+    generate_corpus(TARGET, [[5] * (context - 3)] * 8, tmp_path / "fits", config)
+    lengths = [len(d.ids) for d in read_corpus(tmp_path / "fits")]
+    assert max(lengths) == context
+    with pytest.raises(UsageError, match=f"Prompt 2 has {context} tokens"):
+        generate_corpus(TARGET, [[5], [5] * context], tmp_path / "not", config)
+
+
+def test_a_template_that_does_not_hold_the_turn_once_is_refused() -> None:
+    class Twice(Template):
+        def render(self, messages: list[dict[str, str]]) -> str:
+            return messages[0]["content"] * 2
+
+    with pytest.raises(UsageError, match="writes a user turn 2 times"):
+        self_prompts(TARGET, Twice(), 5, GenerateConfig())
 
 
 class Template:

@@ -284,6 +284,18 @@ BAD_FILES: dict[str, tuple[dict[str, Any], str]] = {
         {"change": lambda w: w.add_tensor("blk.0.mystery.weight", np.ones(32, np.float32))},
         "tensor 'blk.0.mystery.weight' is not known",
     ),
+    "heads": (
+        {"change": lambda w: w.add_array("llama.attention.head_count", [4, 4])},
+        "cannot be converted .TypeError",
+    ),
+    "begin token": (
+        {"change": lambda w: (w.add_add_bos_token(True), w.add_bos_token_id(10**6))},
+        "cannot be converted .IndexError",
+    ),
+    "merges": (
+        {"change": lambda w: w.add_token_merges(["no such"])},
+        "cannot be converted .* the file is damaged or unusual",
+    ),
 }
 
 

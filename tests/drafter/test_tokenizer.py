@@ -189,6 +189,7 @@ class TestChat:
             "{{ messages.append({'role': 'user', 'content': 'x'}) }}",
             "{{ raise_exception.__globals__['json'] }}",
             "{% for i in range(10**9) %}x{% endfor %}",
+            "{{ 1 / 0 }}",
         ],
     )
     def test_a_template_cannot_reach_out_of_its_box(self, folder: Path, template: str) -> None:
@@ -200,6 +201,9 @@ class TestChat:
             with_template(folder, "{% for m in messages %}")
         with pytest.raises(UsageError, match=f"has more than {MAX_TEMPLATE_BYTES} bytes"):
             with_template(folder, "x" * (MAX_TEMPLATE_BYTES + 1))
+        (folder / "chat_template.jinja").write_bytes(b"caf\xe9")
+        with pytest.raises(UsageError, match=r"chat_template\.jinja is not UTF-8 text"):
+            ChatTokenizer.load(folder)
 
 
 @pytest.mark.real

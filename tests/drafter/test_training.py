@@ -179,6 +179,27 @@ def test_a_stopped_run_goes_on_to_the_bit(tmp_path: Path) -> None:
     assert logged == [row.loss for row in read_log(tmp_path / "whole")]
 
 
+def test_the_log_of_a_killed_run_holds_each_step_once(tmp_path: Path) -> None:
+    """Steps logged after the last saved state, and a line cut short, are made again."""
+    config = TrainConfig(**FAST, epochs=2, sampled_rows=24)
+    train(tiny_drafter(TARGET), DOCUMENTS, config, tmp_path, stop_after=2)
+    log = tmp_path / "log.jsonl"
+    later = json.loads(log.read_text().splitlines()[-1]) | {"step": 3}
+    log.write_text(log.read_text() + json.dumps(later) + "\n" + '{"step": 4, "lo')
+    train(tiny_drafter(TARGET), DOCUMENTS, config, tmp_path)
+    steps = [row.step for row in read_log(tmp_path)]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", lambda *_: torch.tensor(float("nan")))
+    with pytest.raises(UsageError, match="The gradient norm is nan at step 0"):
+        train(tiny_drafter(TARGET), DOCUMENTS, TrainConfig(**FAST, epochs=1), tmp_path)
+    assert not list(tmp_path.glob("state*")), "no broken state is saved"
+
+
 def test_an_interrupt_waits_for_the_step_and_loses_nothing(tmp_path: Path) -> None:
     config = TrainConfig(**FAST, epochs=2, sampled_rows=24)
     whole = train(tiny_drafter(TARGET), DOCUMENTS, config, tmp_path / "whole")

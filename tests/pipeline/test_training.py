@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from drafter.artifact import read_artifact
 from drafter.checkpoint import load_drafter, load_target
@@ -242,9 +244,10 @@ def test_a_stopped_corpus_goes_on_with_the_shards_it_has(
     assert [document.ids.tolist() for document in read_corpus(stopped)] == wanted
 
 
-def test_states_kept_by_the_corpus_are_trained_on_where_the_taps_are_the_same(
+def test_states_kept_by_the_corpus_are_trained_on_where_they_are_the_same(
     cache: Path, tiny_llama_dir: Path, prompt_file: Path, tmp_path: Path
 ) -> None:
+    """The same taps of the same target; a fine-tuned one of the same shape is another."""
     corpus = tmp_path / "corpus"
     made = run_command(
         "corpus",
@@ -257,12 +260,42 @@ def test_states_kept_by_the_corpus_are_trained_on_where_the_taps_are_the_same(
     assert made.code == 0, made.err
     kept = (corpus / "captured" / "shard-00000.safetensors").read_bytes()
 
-    def captured(run: Path, *more: str) -> bytes:
+    def captured(run: Path, target: Path, again: bool, *more: str) -> bytes:
         arguments = (f"--corpus={corpus}", f"--run={run}", f"--out={run / 'd'}", "--epochs=1")
-        result = train(tiny_llama_dir, *arguments, "--draft-steps=1", *more)
+        result = train(target, *arguments, "--draft-steps=1", *more)
         assert result.code == 0, result.err
-        assert ("capturing again" in result.err) == bool(more)
+        assert ("capturing again" in result.err) == again
         return (run / "captured" / "shard-00000.safetensors").read_bytes()
 
-    assert captured(tmp_path / "same") == kept
-    assert captured(tmp_path / "other", "--taps=0,1,1") != kept
+    tuned = tmp_path / "tuned"
+    shutil.copytree(tiny_llama_dir, tuned)
+    weights = load_file(tuned / "model.safetensors")
+    save_file({name: 1.1 * tensor for name, tensor in weights.items()}, tuned / "model.safetensors")
+    assert captured(tmp_path / "same", tiny_llama_dir, False) == kept
+    assert captured(tmp_path / "taps", tiny_llama_dir, True, "--taps=0,1,1") != kept
+    assert captured(tmp_path / "target", tuned, True) != kept
+
+
+@pytest.mark.parametrize("command", ["corpus", "train"])
+def test_a_folder_that_is_not_ours_is_refused_before_the_work(
+    cache: Path, tiny_llama_dir: Path, dialogues: Path, tmp_path: Path, command: str
+) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    more = (f"--dialogues={dialogues}", f"--run={tmp_path / 'run'}") if command == "train" else ()
+    result = run_command(command, f"--target={tiny_llama_dir}", f"--out={mine}", *more)
+    assert_refused(result, 2, str(mine), "holds no artifact", "--out")
+    assert [path.name for path in mine.iterdir()] == ["thesis.txt"]
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / ".mine.work").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong", ["--seed=99999999999999999999", "--temperatures=-1", "--temperatures=nan"]
+)
+def test_corpus_options_out_of_range_are_one_sentence(
+    cache: Path, tiny_llama_dir: Path, wrong: str
+) -> None:
+    name = wrong.split("=", 1)[0]
+    assert_refused(run_command("corpus", f"--target={tiny_llama_dir}", wrong), 2, name)

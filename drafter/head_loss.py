@@ -1,40 +1,82 @@
 """The loss of K draft steps from their scores, in row chunks, with gradients in closed form.
 
 `eager_loss` is the readable form; `chunked_loss` gives the same value and gradients. Scores may be
-bfloat16; each
-chunk is worked on in float32 while it is in cache, and the teacher's law of a chunk is shared by
-all steps.
-Scores are [N, C] over sampled vocabulary rows (`drafter.row_sample`); the result is sum_k weight_k
-* mean over N.
+bfloat16; each chunk is worked on in float32 while it is in cache, and the teacher's law of a chunk
+is shared by all steps. Scores are [N, C] over sampled vocabulary rows (`drafter.row_sample`); the
+result is sum_k mean over N of weight_k * loss_k. Weights of the draft steps: `geometric`,
+`uniform`, or `d-pace` (each position has its own, arXiv 2605.18810).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from drafter.losses import Laws, Loss, alpha
+from drafter.losses import Laws, Loss, alpha, cross_entropy
 from drafter.parallel import ALONE, Share
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised: a loss and one weight per draft step."""
+    """What is minimised: a loss and the weights of the draft steps."""
 
     loss: Loss
-    step_weights: tuple[float, ...]
+    step_weights: StepWeights
 
 
-def geometric_weights(steps: int, decay: float) -> tuple[float, ...]:
+@dataclass(frozen=True)
+class StepWeights:
+    """`by_step`: one weight per draft step. With a `floor` (d-pace's a) each position multiplies it
+    by how much of the expected length its step still decides, see `pace`.
+    """
+
+    by_step: tuple[float, ...]
+    floor: float | None = None
+
+    def of(self, laws: Sequence[Laws]) -> list[Tensor | float]:
+        """The weight of every step at n positions (no gradient): K times [n], or a number."""
+        if self.floor is None:
+            return list(self.by_step)
+        entropies = torch.stack([cross_entropy(law.log_p, law.log_q) for law in laws])  # [K, n]
+        factors = pace(entropies.detach(), self.floor)
+        return [weight * factor for weight, factor in zip(self.by_step, factors, strict=True)]
+
+
+def geometric_weights(steps: int, decay: float) -> StepWeights:
     """decay^k, scaled to sum to 1, so that the learning rate does not depend on the number of
     steps.
     """
     raw = [decay**k for k in range(steps)]
-    return tuple(w / sum(raw) for w in raw)
+    return StepWeights(tuple(w / sum(raw) for w in raw))
+
+
+def uniform_weights(steps: int, decay: float) -> StepWeights:  # noqa: ARG001
+    """1 / K each."""
+    return geometric_weights(steps, 1.0)
+
+
+def pace_weights(steps: int, decay: float) -> StepWeights:  # noqa: ARG001
+    """D-PACE with a = 1/2, as in the paper."""
+    return StepWeights((1.0 / steps,) * steps, floor=0.5)
+
+
+STEP_WEIGHTS: dict[str, Callable[[int, float], StepWeights]] = {
+    "geometric": geometric_weights,
+    "uniform": uniform_weights,
+    "d-pace": pace_weights,
+}
+
+
+def pace(cross_entropies: Tensor, floor: float) -> Tensor:
+    """w_j = sum_{i >= j} prod_{k <= i} s_k with s_k = (1 - a) exp(-CE_k) + a: the part of the
+    expected accepted length that step j still decides (D-PACE, arXiv 2605.18810). [K, n] -> [K, n].
+    """
+    survival = ((1 - floor) * torch.exp(-cross_entropies) + floor).cumprod(0)  # [K, n]
+    return survival.flip(0).cumsum(0).flip(0)
 
 
 def log_law(scores: Tensor, log_weight: Tensor) -> Tensor:
@@ -51,12 +93,11 @@ def eager_loss(
     alphas.
     """
     log_p = log_law(teacher_scores, log_weight)
+    laws = [Laws.of(log_p, log_law(z, log_weight)) for z in scores]
+    alphas = [float(alpha(log_p, law.log_q.detach()).mean()) for law in laws]
     total = torch.zeros(())
-    alphas = []
-    for z, weight in zip(scores, objective.step_weights, strict=True):
-        log_q = log_law(z, log_weight)
-        alphas.append(float(alpha(log_p, log_q.detach()).mean()))
-        total = total + weight * objective.loss.value(log_p, log_q, alphas[-1]).mean()
+    for law, mean, weight in zip(laws, alphas, objective.step_weights.of(laws), strict=True):
+        total = total + (weight * objective.loss.value(log_p, law.log_q, mean)).mean()
     return total, alphas
 
 
@@ -127,15 +168,17 @@ class _ChunkedLoss(torch.autograd.Function):
         total = 0.0
         for part in _parts(len(teacher_scores), chunk):
             log_p = log_law(teacher_scores[part], log_weight)  # [n, C]
-            p = log_p.exp()
-            for k, (z, weight) in enumerate(zip(scores, objective.step_weights, strict=True)):
-                log_q = log_law(z[part], log_weight)  # [n, C]
-                q = log_q.exp()
-                total += weight / count * float(loss.value(log_p, log_q, alphas[k]).sum())
-                laws = Laws(log_p, log_q, p, q)
-                gradients[k][part] = loss.gradient(laws, alphas[k]).mul_(weight / count)
+            first = Laws.of(log_p, log_p)
+            laws = [first.against(log_law(z[part], log_weight)) for z in scores]
+            for k, (law, weight) in enumerate(
+                zip(laws, objective.step_weights.of(laws), strict=True)
+            ):
+                share = weight / count  # a number or [n]
+                total += float((share * loss.value(log_p, law.log_q, alphas[k])).sum())
+                row = share[:, None] if isinstance(share, Tensor) else share
+                gradients[k][part] = loss.gradient(law, alphas[k]).mul_(row)
                 if not loss.uses_alpha:
-                    sums[k] += float(torch.minimum(p, q).sum())
+                    sums[k] += float(torch.minimum(law.p, law.q).sum())
         ctx.save_for_backward(*gradients)
         return torch.tensor(total)
 

@@ -35,6 +35,15 @@ class Laws(NamedTuple):
     p: Tensor
     q: Tensor
 
+    @classmethod
+    def of(cls, log_p: Tensor, log_q: Tensor) -> Laws:
+        """The four from the two."""
+        return cls(log_p, log_q, log_p.exp(), log_q.exp())
+
+    def against(self, log_q: Tensor) -> Laws:
+        """The same p with another q."""
+        return self._replace(log_q=log_q, q=log_q.exp())
+
 
 def alpha(log_p: Tensor, log_q: Tensor) -> Tensor:
     """Acceptance rate sum_x min(p, q): [N, V], [N, V] -> [N]."""

@@ -28,7 +28,7 @@ from drafter.batches import collate, epoch_order, supervised_positions
 from drafter.capture import Captured
 from drafter.eagle3 import Drafter
 from drafter.errors import UsageError
-from drafter.head_loss import Objective, chunked_loss, geometric_weights
+from drafter.head_loss import STEP_WEIGHTS, Objective, chunked_loss
 from drafter.heads.low_rank import LowRankHead
 from drafter.losses import LOSSES
 from drafter.parallel import ALONE, Share
@@ -51,6 +51,7 @@ class TrainConfig(BaseModel):
     warmup_steps: int = Field(50, ge=0)
     clip: float = Field(0.5, gt=0)
     draft_steps: int = Field(4, gt=0)
+    step_weights: Literal["geometric", "uniform", "d-pace"] = "geometric"
     decay: float = Field(0.8, gt=0, le=1)
     loss: str = "kl"
     sampled_rows: int = Field(1024, ge=0)
@@ -229,7 +230,7 @@ def batch_loss(
     drafted, teacher = _draft(drafter, documents, config, kind)
     target_rows = drafter.target_rows[0][rows.ids].to(kind)  # [C, Ht]
     teacher_scores = F.linear(teacher.to(kind), target_rows)  # [N, C]
-    weights = geometric_weights(config.draft_steps, config.decay)
+    weights = STEP_WEIGHTS[config.step_weights](config.draft_steps, config.decay)
     head = drafter.lm_head
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=kind is torch.bfloat16):
         scores = [head.row_scores(h, rows.ids) for h in drafted]  # type: ignore[operator]  # K times [N, C]

@@ -176,8 +176,13 @@ def train(
     draft_steps: Annotated[
         int | None, o.option("--draft-steps", help="Steps of the unroll.", default="4")
     ] = None,
+    step_weights: Annotated[
+        str | None,
+        o.option("--step-weights", help="geometric, uniform or d-pace.", default="geometric"),
+    ] = None,
     decay: Annotated[
-        float | None, o.option("--decay", help="Weight of each step by the last.", default="0.8")
+        float | None,
+        o.option("--decay", help="geometric: weight of each step by the last.", default="0.8"),
     ] = None,
     loss: Annotated[
         str | None,
@@ -234,6 +239,7 @@ def train(
         "warmup_steps": warmup_steps,
         "clip": clip,
         "draft_steps": draft_steps,
+        "step_weights": step_weights,
         "decay": decay,
         "loss": loss,
         "sampled_rows": sampled_rows,

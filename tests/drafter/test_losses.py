@@ -11,7 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drafter.head_loss import Objective, chunked_loss, eager_loss, geometric_weights
+from drafter.head_loss import (
+    STEP_WEIGHTS,
+    Objective,
+    chunked_loss,
+    eager_loss,
+    geometric_weights,
+    pace,
+    pace_weights,
+    uniform_weights,
+)
 from drafter.losses import (
     LEAST_ALPHA,
     LOSSES,
@@ -89,8 +98,7 @@ def test_closed_form_gradients_equal_autograd(name: str) -> None:
     y.requires_grad_(True)
     log_p, log_q = z.log_softmax(-1), y.log_softmax(-1)
     (wanted,) = torch.autograd.grad(loss.value(log_p, log_q, 0.4).sum(), y)
-    log_q = log_q.detach()
-    got = loss.gradient(Laws(log_p, log_q, log_p.exp(), log_q.exp()), 0.4)
+    got = loss.gradient(Laws.of(log_p, log_q.detach()), 0.4)
     torch.testing.assert_close(got, wanted, atol=1e-12, rtol=1e-9)
 
 
@@ -106,13 +114,14 @@ def test_a_zero_of_the_target_adds_nothing_and_keeps_gradients_finite(name: str)
 
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("chunk", [1, 7, 64])
-def test_the_chunked_loss_is_the_eager_one(name: str, chunk: int) -> None:
+@pytest.mark.parametrize("weights", STEP_WEIGHTS)
+def test_the_chunked_loss_is_the_eager_one(name: str, chunk: int, weights: str) -> None:
     """Value, alphas and the gradients of every step, also when N is no multiple of the chunk."""
     generator = torch.Generator().manual_seed(4)
     teacher = torch.randn(20, 31, generator=generator)
     steps = [torch.randn(20, 31, generator=generator, requires_grad=True) for _ in range(3)]
     log_weight = torch.rand(31, generator=generator)
-    objective = Objective(LOSSES[name], geometric_weights(3, 0.8))
+    objective = Objective(LOSSES[name], STEP_WEIGHTS[weights](3, 0.8))
     wanted, wanted_alphas = eager_loss(steps, teacher, log_weight, objective)
     got, alphas = chunked_loss(steps, teacher, log_weight, objective, chunk)
     torch.testing.assert_close(got, wanted)
@@ -123,9 +132,23 @@ def test_the_chunked_loss_is_the_eager_one(name: str, chunk: int) -> None:
 
 
 def test_step_weights_fall_and_sum_to_one() -> None:
-    weights = geometric_weights(4, 0.8)
+    weights = geometric_weights(4, 0.8).by_step
     assert sum(weights) == pytest.approx(1.0)
     assert weights[2] / weights[1] == pytest.approx(0.8)
+    assert uniform_weights(4, 0.8).by_step == pytest.approx((0.25,) * 4)
+
+
+def test_pace_is_the_part_of_the_length_that_a_step_decides() -> None:
+    """q = (1/2, 1/4), a = 1/2: s = (3/4, 5/8), so w = (3/4 + 15/32, 15/32)."""
+    entropies = -torch.tensor([[0.5], [0.25]]).log()
+    torch.testing.assert_close(pace(entropies, 0.5), torch.tensor([[39 / 32], [15 / 32]]))
+
+
+def test_pace_gives_no_gradient_through_its_weights() -> None:
+    z, y = laws(3, 9)
+    y.requires_grad_(True)
+    law = Laws.of(z.log_softmax(-1), y.log_softmax(-1))
+    assert not any(torch.as_tensor(w).requires_grad for w in pace_weights(2, 0.8).of([law, law]))
 
 
 def test_a_sample_of_rows_estimates_the_log_sum_exp() -> None:

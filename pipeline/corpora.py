@@ -29,6 +29,7 @@ from drafter.errors import UsageError
 from drafter.sources import TargetFolder
 from pipeline.config import CorpusOptions
 from pipeline.progress import Tell, note, progress
+from pipeline.prompt_sets import refuse_benchmarks
 from pipeline.prompts import read_prompts
 from pipeline.reports import ArtifactReport
 from pipeline.stages import artifact_report, fetch_target
@@ -125,6 +126,7 @@ def _prompts(
 
     if options.prompts is not None:
         chosen = read_prompts(options.prompts, options.count).prompts
+        refuse_benchmarks((prompt.text for prompt in chosen), str(options.prompts))
         return [
             tokenizer.apply_chat_template([{"role": "user", "content": prompt.text}])
             for prompt in chosen

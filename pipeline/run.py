@@ -14,7 +14,8 @@ from pipeline.config import SMOKE_TOKENS, RunOptions
 from pipeline.evaluate import Pair, evaluate, summarise
 from pipeline.machine import machine, peak_rss_mb, versions
 from pipeline.progress import progress
-from pipeline.prompts import PromptSet, mt_bench_prompts, own_prompts, read_prompts
+from pipeline.prompt_sets import benchmark_prompts
+from pipeline.prompts import PromptSet, own_prompts, read_prompts
 from pipeline.reports import DecodeReport, HeadReport, ParityRow, RunReport
 from pipeline.stages import (
     Stages,
@@ -127,12 +128,12 @@ def check_identical(decode: DecodeReport, precision: str, temperature: float) ->
 
 
 def choose_prompts(options: RunOptions, offline: bool | None = None) -> PromptSet:
-    """The prompts of a run: a file's, our own few for a smoke run, else MT-Bench."""
+    """The prompts of a run: a file's, our own few for a smoke run, else those of a set."""
     if options.prompt_file is not None:
         return read_prompts(options.prompt_file)
     if options.smoke:
         return own_prompts(min(options.prompts, _SMOKE_PROMPTS))
-    return mt_bench_prompts(options.prompts, offline=offline)
+    return benchmark_prompts(options.prompt_set, options.prompts, offline=offline)
 
 
 def environment(

@@ -125,6 +125,7 @@ def evaluate(
     \b
     Examples:
       pipeline evaluate --max-tokens 128
+      pipeline evaluate --prompts humaneval:40
       pipeline evaluate --prompts my.jsonl --budget 12 --details out.jsonl --json
     """
     from pipeline.evaluate import evaluate as measure
@@ -251,8 +252,7 @@ def _prompt(prompt: str | None, system: str | None, raw: bool) -> str | list[dic
 
 
 def _prompt_options(prompts: str | None) -> RunOptions:
-    count, file = o.prompts(prompts)
-    return options(RunOptions, prompts=count, prompt_file=file)
+    return options(RunOptions, **o.prompts(prompts))
 
 
 def _tree(generator: Generator, chosen: TreeOptions, temperature: float) -> TreeConfig:

@@ -48,7 +48,8 @@ Prompts = Annotated[
     str | None,
     option(
         "--prompts",
-        help='How many MT-Bench prompts, or a JSONL file, one {"prompt": "..."} a line.',
+        help="How many MT-Bench prompts; mt-bench, humaneval or gsm8k, with :N for the first N; or "
+        'a JSONL file, one {"prompt": "..."} a line.',
         default=default(RunOptions, "prompts"),
     ),
 ]
@@ -123,10 +124,17 @@ def offline(flag: bool) -> bool | None:
     return True if flag else None
 
 
-def prompts(given: str | None) -> tuple[int | None, Path | None]:
-    """`--prompts` is a number or a file."""
+def prompts(given: str | None) -> dict[str, Any]:
+    """`--prompts`, a number, a set (with a number) or a file, as fields of RunOptions."""
+    from pipeline.prompt_sets import BENCHMARKS
+
     if given is None:
-        return None, None
+        return {}
     if re.fullmatch(r"[+-]?\d{1,18}", given):
-        return int(given), None
-    return None, Path(given)
+        return {"prompts": int(given)}
+    name, _, count = given.partition(":")
+    if name in BENCHMARKS and not count:
+        return {"prompt_set": name, "prompts": BENCHMARKS[name].count}
+    if name in BENCHMARKS and re.fullmatch(r"\d{1,18}", count):
+        return {"prompt_set": name, "prompts": int(count)}
+    return {"prompt_file": Path(given)}

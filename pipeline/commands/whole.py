@@ -49,15 +49,13 @@ def run(
     """
     if json_file is not None:
         check_writable(json_file)
-    count, file = o.prompts(prompts)
     chosen = options(
         RunOptions,
         config,
         target=target,
         drafter=drafter,
         smoke=smoke or None,
-        prompts=count,
-        prompt_file=file,
+        **o.prompts(prompts),
         max_tokens=max_tokens,
         temperature=temperature,
         seed=seed,

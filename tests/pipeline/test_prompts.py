@@ -1,15 +1,19 @@
-"""Prompts: the fixed MT-Bench choice, prompt files and their mistakes."""
+"""Prompts: the published sets, prompt files and their mistakes."""
 
 from __future__ import annotations
 
+import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from drafter.artifact import sha256_file
 from drafter.errors import MissingError, UsageError
-from pipeline import prompts
-from pipeline.prompts import mt_bench_prompts, own_prompts, read_prompts
+from pipeline.commands.options import prompts as chosen_prompts
+from pipeline.prompt_sets import BENCHMARKS, benchmark_prompts, refuse_benchmarks
+from pipeline.prompts import own_prompts, read_prompts
 
 CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "history")
 
@@ -51,27 +55,53 @@ def test_a_file_without_prompts_and_a_missing_file_are_refused(tmp_path: Path) -
         read_prompts(tmp_path / "none.jsonl")
 
 
-def test_the_choice_of_mt_bench_is_five_of_each_category_round_robin(
+def cached(cache: Path, monkeypatch: pytest.MonkeyPatch, name: str, rows: list[dict]) -> None:  # type: ignore[type-arg]
+    """Put rows where the set lies in the cache, its hash being theirs."""
+    benchmark = BENCHMARKS[name]
+    path = cache / "prompts" / benchmark.file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    changed = replace(benchmark, sha256=sha256_file(path), count=len(rows))
+    monkeypatch.setitem(BENCHMARKS, name, changed)
+
+
+MT_BENCH = [
+    {"question_id": 10 * place + i, "category": name, "turns": [f"{name} {i}", "second"]}
+    for place, name in enumerate(CATEGORIES)
+    for i in range(10)
+]
+
+
+def test_any_number_of_mt_bench_prompts_is_a_mix_of_its_categories(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = [
-        {"question_id": 10 * place + i, "category": name, "turns": [f"{name} {i}", "second"]}
-        for place, name in enumerate(CATEGORIES)
-        for i in range(10)
-    ]
-    path = cache / "prompts" / "mt-bench.jsonl"
-    path.parent.mkdir(parents=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(prompts, "_MEMBER_SHA256", prompts.sha256_file(path))
-    texts = [prompt.text for prompt in mt_bench_prompts().prompts]
+    cached(cache, monkeypatch, "mt-bench", MT_BENCH)
+    texts = [prompt.text for prompt in benchmark_prompts("mt-bench", 40).prompts]
     assert texts[:9] == [f"{name} 0" for name in CATEGORIES] + ["writing 1"]
     assert sorted(texts) == sorted(f"{name} {i}" for name in CATEGORIES for i in range(5))
-    assert [prompt.text for prompt in mt_bench_prompts(3).prompts] == texts[:3]
+    whole = benchmark_prompts("mt-bench")
+    assert [prompt.text for prompt in whole.prompts[:40]] == texts
+    assert len(whole.prompts) == 80
+    assert whole.title == "MT-Bench, 80 first turns"
 
 
-def test_off_line_and_not_cached_is_one_sentence_with_the_way_out(cache: Path) -> None:
+def test_functions_and_questions_are_asked_in_order(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    functions = [{"task_id": f"HumanEval/{i}", "prompt": f"def f{i}():\n"} for i in range(3)]
+    cached(cache, monkeypatch, "humaneval", functions)
+    cached(cache, monkeypatch, "gsm8k", [{"question": "2 + 2?", "answer": "#### 4"}])
+    asked = benchmark_prompts("humaneval", 2).prompts
+    assert [prompt.name for prompt in asked] == ["HumanEval/0", "HumanEval/1"]
+    assert asked[0].text == "Complete this Python function.\n\n```python\ndef f0():\n```"
+    assert [prompt.text for prompt in benchmark_prompts("gsm8k").prompts] == ["2 + 2?"]
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_off_line_and_not_cached_is_one_sentence_with_the_way_out(cache: Path, name: str) -> None:
     with pytest.raises(MissingError) as refused:
-        mt_bench_prompts()
+        benchmark_prompts(name)
     assert "off line" in str(refused.value)
     assert "--prompts FILE.jsonl" in str(refused.value)
 
@@ -81,12 +111,35 @@ def test_a_damaged_cached_file_is_not_used(cache: Path) -> None:
     path.parent.mkdir(parents=True)
     path.write_text("{}")
     with pytest.raises(MissingError, match="off line"):
-        mt_bench_prompts()
+        benchmark_prompts("mt-bench")
 
 
-def test_more_prompts_than_there_are_is_refused() -> None:
-    with pytest.raises(UsageError, match="at most that many"):
-        mt_bench_prompts(41)
+@pytest.mark.parametrize("count", [0, 81])
+def test_a_number_of_prompts_that_there_is_not_is_refused(count: int) -> None:
+    with pytest.raises(UsageError, match="ask for 1 to 80"):
+        benchmark_prompts("mt-bench", count)
+
+
+def test_what_measures_drafters_may_not_train_them(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Line breaks and blanks do not hide a prompt; a set that is not here cannot be compared."""
+    refuse_benchmarks(["writing 3"], "corpus.jsonl")
+    cached(cache, monkeypatch, "mt-bench", MT_BENCH)
+    cached(cache, monkeypatch, "humaneval", [{"task_id": "H/0", "prompt": "def f():\n    pass"}])
+    refuse_benchmarks(["writing 33"], "corpus.jsonl")
+    for text, what in (("writing \n 3", "writing-3 of mt-bench"), ("def f(): pass", "H/0 of hum")):
+        with pytest.raises(UsageError, match=f"corpus.jsonl: prompt 2 is {what}"):
+            refuse_benchmarks(["something else", text], "corpus.jsonl")
+
+
+def test_prompts_are_a_number_a_set_or_a_file() -> None:
+    assert chosen_prompts(None) == {}
+    assert chosen_prompts("12") == {"prompts": 12}
+    assert chosen_prompts("gsm8k") == {"prompt_set": "gsm8k", "prompts": 1319}
+    assert chosen_prompts("humaneval:7") == {"prompt_set": "humaneval", "prompts": 7}
+    for name in ("mine.jsonl", "humaneval:x", "./gsm8k"):
+        assert chosen_prompts(name) == {"prompt_file": Path(name)}
 
 
 def test_our_own_prompts_need_no_download_and_say_what_they_are() -> None:

@@ -37,6 +37,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "corpus": learning.corpus,
     "train": learning.train,
     "export": artifacts.export,
+    "export-drafter": artifacts.export_drafter,
     "build-engine": artifacts.build_engine,
     "check": artifacts.check,
     "generate": decoding.generate,

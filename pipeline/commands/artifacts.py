@@ -8,6 +8,7 @@ from typing import Annotated
 from pipeline.commands import options as o
 from pipeline.config import BuildOptions, RunOptions, options
 from pipeline.output import print_artifact, print_json, print_tables, print_text
+from pipeline.progress import note
 
 
 def fetch(target: o.Target = None, offline: o.Offline = False, as_json: o.Json = False) -> None:
@@ -57,6 +58,45 @@ def export(
 
     found = fetch_target(options(RunOptions, target=target).target, offline=o.offline(offline))
     report = export_stage(found, find_drafter(found, drafter), out)
+    print_artifact(report, as_json)
+
+
+def export_drafter(
+    layout: Annotated[
+        str, o.option("--format", help="vllm, sglang or speculators: who is to load it.")
+    ],
+    target: o.Target = None,
+    drafter: o.Drafter = None,
+    precision: Annotated[
+        str, o.option("--precision", help="fp16, bf16 or fp32.", default="bf16")
+    ] = "bf16",
+    out: o.Out = None,
+    offline: o.Offline = False,
+    as_json: o.Json = False,
+) -> None:
+    """Write a drafter as an EAGLE-3 checkpoint for another engine. Prints its folder.
+
+    Other engines know no low-rank head: it becomes one dense matrix, which drafts the same tokens
+    without SlimSpec's speed.
+
+    \b
+    Examples:
+      pipeline export-drafter --format vllm
+      pipeline export-drafter --format sglang --target ./my-llama --drafter ./my-drafter --out ./d
+    """
+    from pipeline.interop import interop_stage
+    from pipeline.stages import fetch_target, find_drafter
+
+    found = fetch_target(options(RunOptions, target=target).target, offline=o.offline(offline))
+    folder = find_drafter(found, drafter)
+    report = interop_stage(found, folder, layout, precision, out)
+    if not as_json:
+        said = report.details
+        note(
+            f"the dense matrix names the same best token at {said['top_1_agreement']:.1%} of "
+            f"{said['positions']} positions, {said['top_8_agreement']:.1%} of the best 8; it has "
+            "none of the low-rank head's speed"
+        )
     print_artifact(report, as_json)
 
 

@@ -17,6 +17,7 @@ COMMANDS = (
     "corpus",
     "train",
     "export",
+    "export-drafter",
     "build-engine",
     "check",
     "generate",

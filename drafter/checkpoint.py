@@ -21,8 +21,10 @@ from drafter.decoder import TargetDecoder
 from drafter.eagle3 import Drafter
 from drafter.errors import UsageError
 from drafter.families import read_target_config
+from drafter.heads.truncated import TruncatedHead
 from drafter.sources.folder import WEIGHTS
 from drafter.sources.folder import weight_files as weight_files  # noqa: PLC0414 - part of this module
+from drafter.vocabulary import check_draft_ids
 
 
 def load_target(
@@ -64,15 +66,16 @@ def check_taps(config: TargetConfig, taps: tuple[int, ...] | None) -> None:
 
 
 def read_tensors(folder: Path, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a folder's safetensors files (sharded or not), as `dtype` when given. Raises
-    UsageError.
+    """Every tensor of a folder's safetensors files (sharded or not), as `dtype` when given and not
+    of whole numbers. Raises UsageError.
     """
     for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt") as reader:
                 for name in reader.keys():  # noqa: SIM118 - safe_open is not a mapping
                     tensor = reader.get_tensor(name)
-                    yield name, tensor if dtype is None else tensor.to(dtype)
+                    floating = dtype is not None and tensor.is_floating_point()
+                    yield name, tensor.to(dtype) if floating else tensor
         except (SafetensorError, OSError) as error:
             raise UsageError(
                 f"{path} cannot be read as safetensors ({error}); it is truncated or damaged: "
@@ -114,7 +117,10 @@ def _some(names: list[str]) -> str:
 
 def save_drafter(model: Drafter, folder: Path, dtype: torch.dtype = torch.float16) -> None:
     """Write `config.json` and `model.safetensors` into an existing folder, weights as `dtype`."""
-    tensors = {k: v.detach().to(dtype).contiguous() for k, v in model.state_dict().items()}
+    tensors = {
+        k: (v.detach().to(dtype) if v.is_floating_point() else v).contiguous()
+        for k, v in model.state_dict().items()
+    }
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     text = json.dumps(model.config.model_dump(mode="json"), indent=2) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
@@ -128,6 +134,9 @@ def load_drafter(
     check_fits(config, target.config, folder)
     model = Drafter(config, target.embed_tokens.weight, target.lm_head.weight)
     fill(model, dict(read_tensors(folder, dtype)), folder)
+    if isinstance(model.lm_head, TruncatedHead):
+        ends = target.config.eos_token_ids
+        check_draft_ids(model.lm_head.draft_ids, config.vocab_size, ends, str(folder))
     return model.eval()
 
 

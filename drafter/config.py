@@ -67,7 +67,8 @@ class DrafterConfig(BaseModel):
 
     `tokenizer_sha256` is `drafter.tokenizer.vocabulary_sha256` of the target's tokenizer.
     `lm_head_rank` is None for a dense head; `rescore` is the number of preview candidates that get
-    exact scores from the target's own head rows (0: none). `top_k` is how many candidates the
+    exact scores from the target's own head rows (0: none). `draft_vocab_size` is None but for a
+    truncated head: how many tokens it can draft. `top_k` is how many candidates the
     graphs return.
     """
 
@@ -87,6 +88,7 @@ class DrafterConfig(BaseModel):
     head: str = "low_rank"
     lm_head_rank: int | None = None
     rescore: int = 0
+    draft_vocab_size: int | None = None
     top_k: int = 16
     max_positions: int = 8192
     tokenizer_sha256: str | None = None
@@ -103,6 +105,14 @@ class DrafterConfig(BaseModel):
         if rank is not None and not 0 < rank <= self.hidden_size:
             raise ValueError(
                 f"lm_head_rank {rank} must be between 1 and the hidden size {self.hidden_size}"
+            )
+        size = self.draft_vocab_size
+        if (size is not None) != (self.head == "truncated"):
+            raise ValueError(f"draft_vocab_size {size} does not go with head '{self.head}'")
+        if size is not None and not self.top_k <= size <= self.vocab_size:
+            raise ValueError(
+                f"draft_vocab_size {size} must be between top_k ({self.top_k}) and the vocabulary "
+                f"({self.vocab_size})"
             )
         if self.rescore < 0 or 0 < self.rescore < self.top_k:
             raise ValueError(
@@ -147,7 +157,8 @@ def drafter_config_for(target: TargetConfig, **changes: Any) -> DrafterConfig:
         "max_positions": target.max_positions,
     }
     fields.update(changes)
-    fields.setdefault("top_k", default_top_k(fields.get("rescore", 0), target.vocab_size))
+    vocabulary = fields.get("draft_vocab_size") or target.vocab_size
+    fields.setdefault("top_k", default_top_k(fields.get("rescore", 0), vocabulary))
     if fields.get("head", "low_rank") == "low_rank" and fields.get("lm_head_rank") is None:
         fields["lm_head_rank"] = default_rank(fields["hidden_size"])
     return checked_drafter_config(fields, "drafter options")

@@ -41,7 +41,7 @@ class StepWeights:
         """The weight of every step at n positions (no gradient): K times [n], or a number."""
         if self.floor is None:
             return list(self.by_step)
-        entropies = torch.stack([cross_entropy(law.log_p, law.log_q) for law in laws])  # [K, n]
+        entropies = torch.stack([cross_entropy(law.log_r, law.log_q) for law in laws])  # [K, n]
         factors = pace(entropies.detach(), self.floor)
         return [weight * factor for weight, factor in zip(self.by_step, factors, strict=True)]
 
@@ -87,17 +87,21 @@ def log_law(scores: Tensor, log_weight: Tensor) -> Tensor:
 
 
 def eager_loss(
-    scores: Sequence[Tensor], teacher_scores: Tensor, log_weight: Tensor, objective: Objective
+    scores: Sequence[Tensor],
+    teacher_scores: Tensor,
+    log_weight: Tensor,
+    objective: Objective,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, list[float]]:
     """The reference form: K score tensors [N, C], teacher scores [N, C] -> the loss and the K mean
-    alphas.
+    alphas. `kept` bool [C]: the columns that can be drafted, None: all; the others score -inf.
     """
     log_p = log_law(teacher_scores, log_weight)
-    laws = [Laws.of(log_p, log_law(z, log_weight)) for z in scores]
+    laws = [Laws.of(log_p, log_law(z, log_weight), kept) for z in scores]
     alphas = [float(alpha(log_p, law.log_q.detach()).mean()) for law in laws]
     total = torch.zeros(())
     for law, mean, weight in zip(laws, alphas, objective.step_weights.of(laws), strict=True):
-        total = total + (weight * objective.loss.value(log_p, law.log_q, mean)).mean()
+        total = total + (weight * objective.loss.value(law, mean)).mean()
     return total, alphas
 
 
@@ -108,6 +112,7 @@ def chunked_loss(
     objective: Objective,
     chunk: int = 32,
     share: Share = ALONE,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, list[float]]:
     """The same value, gradients and alphas, `chunk` rows at a time.
 
@@ -121,7 +126,7 @@ def chunked_loss(
         sums = share.sums(sums)
     alphas = [total / max(count, 1) for total in sums]
     value: Tensor = _ChunkedLoss.apply(
-        alphas, sums, count, teacher_scores, log_weight, objective, chunk, *scores
+        alphas, sums, count, teacher_scores, log_weight, objective, chunk, kept, *scores
     )  # type: ignore[no-untyped-call]
     if not objective.loss.uses_alpha:
         alphas = [total / max(count, 1) for total in share.sums(sums)]
@@ -161,6 +166,7 @@ class _ChunkedLoss(torch.autograd.Function):
         log_weight: Tensor,
         objective: Objective,
         chunk: int,
+        kept: Tensor | None,
         *scores: Tensor,
     ) -> Tensor:
         loss = objective.loss
@@ -168,13 +174,13 @@ class _ChunkedLoss(torch.autograd.Function):
         total = 0.0
         for part in _parts(len(teacher_scores), chunk):
             log_p = log_law(teacher_scores[part], log_weight)  # [n, C]
-            first = Laws.of(log_p, log_p)
+            first = Laws.of(log_p, log_p, kept)
             laws = [first.against(log_law(z[part], log_weight)) for z in scores]
             for k, (law, weight) in enumerate(
                 zip(laws, objective.step_weights.of(laws), strict=True)
             ):
                 share = weight / count  # a number or [n]
-                total += float((share * loss.value(log_p, law.log_q, alphas[k])).sum())
+                total += float((share * loss.value(law, alphas[k])).sum())
                 row = share[:, None] if isinstance(share, Tensor) else share
                 gradients[k][part] = loss.gradient(law, alphas[k]).mul_(row)
                 if not loss.uses_alpha:
@@ -185,4 +191,4 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = grad_outputs
-        return (*[None] * 7, *(g * scale.to(g.dtype) for g in ctx.saved_tensors))
+        return (*[None] * 8, *(g * scale.to(g.dtype) for g in ctx.saved_tensors))

@@ -28,17 +28,27 @@ LEAST_LOG_P = -30.0  # what KL(q||p) takes for the log of a probability of 0
 
 
 class Laws(NamedTuple):
-    """Both laws and their logarithms, [N, V] each: gradients need all four."""
+    """Both laws and their logarithms, [N, V] each: gradients need all of them.
+
+    `log_r`, `r`: p renormalised on what q can say, which is p itself for a full vocabulary. KL and
+    CE are taken against r; TV and alpha against p: a token that cannot be drafted is not accepted.
+    """
 
     log_p: Tensor
     log_q: Tensor
     p: Tensor
     q: Tensor
+    log_r: Tensor
+    r: Tensor
 
     @classmethod
-    def of(cls, log_p: Tensor, log_q: Tensor) -> Laws:
-        """The four from the two."""
-        return cls(log_p, log_q, log_p.exp(), log_q.exp())
+    def of(cls, log_p: Tensor, log_q: Tensor, kept: Tensor | None = None) -> Laws:
+        """All of them from the two; `kept` [V] says what can be drafted, None: everything."""
+        p = log_p.exp()
+        if kept is None:
+            return cls(log_p, log_q, p, log_q.exp(), log_p, p)
+        log_r = log_p.masked_fill(~kept, float("-inf")).log_softmax(-1)
+        return cls(log_p, log_q, p, log_q.exp(), log_r, log_r.exp())
 
     def against(self, log_q: Tensor) -> Laws:
         """The same p with another q."""
@@ -58,7 +68,9 @@ def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 def reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(q || p): [N]. p is at least e^-30, where it would be infinite."""
-    return (log_q.exp() * (log_q - log_p.clamp(min=LEAST_LOG_P))).sum(-1)
+    q = log_q.exp()
+    finite = log_q.masked_fill(q == 0, 0.0)  # before the product, or its gradient is 0 * inf
+    return (q * (finite - log_p.clamp(min=LEAST_LOG_P))).sum(-1)
 
 
 def cross_entropy(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -82,12 +94,13 @@ def negative_log_alpha(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 def kl_gradient(laws: Laws) -> Tensor:
     """d KL(p||q) / d scores of q: [N, V]."""
-    return laws.q - laws.p
+    return laws.q - laws.r
 
 
 def reverse_kl_gradient(laws: Laws) -> Tensor:
     """d KL(q||p) / d scores of q: [N, V]."""
-    d = laws.log_q - laws.log_p.clamp(min=LEAST_LOG_P)
+    log_q = laws.log_q.masked_fill(laws.q == 0, 0.0)
+    d = log_q - laws.log_r.clamp(min=LEAST_LOG_P)
     return laws.q * (d - (laws.q * d).sum(-1, keepdim=True))
 
 
@@ -108,9 +121,10 @@ def lk_lambda(mean_alpha: float) -> float:
     return math.exp(-ETA * mean_alpha)
 
 
-def _lk_hybrid(log_p: Tensor, log_q: Tensor, mean_alpha: float) -> Tensor:
+def _lk_hybrid(laws: Laws, mean_alpha: float) -> Tensor:
     lam = lk_lambda(mean_alpha)
-    return lam * forward_kl(log_p, log_q) + (1.0 - lam) * total_variation(log_p, log_q)
+    kl, tv = forward_kl(laws.log_r, laws.log_q), total_variation(laws.log_p, laws.log_q)
+    return lam * kl + (1.0 - lam) * tv
 
 
 def _lk_hybrid_gradient(laws: Laws, mean_alpha: float) -> Tensor:
@@ -120,28 +134,36 @@ def _lk_hybrid_gradient(laws: Laws, mean_alpha: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Loss:
-    """`value(log_p, log_q, mean_alpha)` -> [N]; `gradient(laws, mean_alpha)` -> [N, V], with
-    respect to q's scores.
+    """`value(laws, mean_alpha)` -> [N]; `gradient(laws, mean_alpha)` -> [N, V], with respect to
+    q's scores.
 
     `mean_alpha` is the draft step's mean alpha over batch and sequence, a constant without
     gradient; `uses_alpha` says whether the loss depends on it.
     """
 
-    value: Callable[[Tensor, Tensor, float], Tensor]
+    value: Callable[[Laws, float], Tensor]
     gradient: Callable[[Laws, float], Tensor]
     uses_alpha: bool = False
 
 
-def _plain(value: Callable[[Tensor, Tensor], Tensor], gradient: Callable[[Laws], Tensor]) -> Loss:
-    """A loss that does not depend on the mean alpha."""
-    return Loss(lambda log_p, log_q, _: value(log_p, log_q), lambda laws, _: gradient(laws))
+_Value = Callable[[Tensor, Tensor], Tensor]
+
+
+def _against_p(value: _Value, gradient: Callable[[Laws], Tensor]) -> Loss:
+    """A loss of acceptance: what cannot be drafted counts."""
+    return Loss(lambda laws, _: value(laws.log_p, laws.log_q), lambda laws, _: gradient(laws))
+
+
+def _against_r(value: _Value, gradient: Callable[[Laws], Tensor]) -> Loss:
+    """A loss of likelihood: infinite for what cannot be drafted, so the target is renormalised."""
+    return Loss(lambda laws, _: value(laws.log_r, laws.log_q), lambda laws, _: gradient(laws))
 
 
 LOSSES: dict[str, Loss] = {
-    "kl": _plain(forward_kl, kl_gradient),
+    "kl": _against_r(forward_kl, kl_gradient),
     "lk_hybrid": Loss(_lk_hybrid, _lk_hybrid_gradient, uses_alpha=True),
-    "lk_alpha": _plain(negative_log_alpha, negative_log_alpha_gradient),
-    "tv": _plain(total_variation, total_variation_gradient),
-    "ce": _plain(cross_entropy, kl_gradient),
-    "reverse_kl": _plain(reverse_kl, reverse_kl_gradient),
+    "lk_alpha": _against_p(negative_log_alpha, negative_log_alpha_gradient),
+    "tv": _against_p(total_variation, total_variation_gradient),
+    "ce": _against_r(cross_entropy, kl_gradient),
+    "reverse_kl": _against_r(reverse_kl, reverse_kl_gradient),
 }

@@ -14,7 +14,9 @@ from torch import Tensor
 from drafter.config import DrafterConfig
 from drafter.decoder import DecoderLayer, TargetDecoder
 from drafter.eagle3 import Drafter
+from drafter.errors import UsageError
 from drafter.heads.low_rank import LowRankHead, initialise
+from drafter.heads.truncated import TruncatedHead
 
 
 def start_drafter(
@@ -24,10 +26,11 @@ def start_drafter(
     head_init: str = "activation-pca",
     from_target: bool = True,
     states: Tensor | None = None,
+    draft_ids: Tensor | None = None,
     seed: int = 0,
 ) -> Drafter:
-    """A fresh drafter. `states` [N, H] (final-normed) are needed by `activation-pca`. Raises
-    UsageError.
+    """A fresh drafter. `states` [N, H] (final-normed) are needed by `activation-pca`, `draft_ids`
+    [Vd] by a truncated head. Raises UsageError.
     """
     torch.manual_seed(seed)
     drafter = Drafter(
@@ -38,6 +41,10 @@ def start_drafter(
             torch.nn.init.normal_(module.weight, std=0.02)
     if from_target and config.hidden_size == target.config.hidden_size:
         copy_last_layer(drafter, target)
+    if isinstance(drafter.lm_head, TruncatedHead):
+        if draft_ids is None:
+            raise UsageError("A truncated head needs the ids it may draft.")
+        drafter.lm_head.choose(draft_ids, target.lm_head.weight.detach())
     if isinstance(drafter.lm_head, LowRankHead):
         initialise(drafter.lm_head, head_init, target.lm_head.weight.detach(), states)
     return drafter

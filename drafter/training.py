@@ -30,6 +30,7 @@ from drafter.eagle3 import Drafter
 from drafter.errors import UsageError
 from drafter.head_loss import STEP_WEIGHTS, Objective, chunked_loss
 from drafter.heads.low_rank import LowRankHead
+from drafter.heads.truncated import TruncatedHead
 from drafter.losses import LOSSES
 from drafter.parallel import ALONE, Share
 from drafter.row_sample import Rows, all_rows, sample_rows
@@ -235,7 +236,10 @@ def batch_loss(
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=kind is torch.bfloat16):
         scores = [head.row_scores(h, rows.ids) for h in drafted]  # type: ignore[operator]  # K times [N, C]
         objective = Objective(LOSSES[config.loss], weights)
-        loss, alphas = chunked_loss(scores, teacher_scores, rows.log_weight, objective, share=share)
+        kept = head.kept(rows.ids) if isinstance(head, TruncatedHead) else None
+        loss, alphas = chunked_loss(
+            scores, teacher_scores, rows.log_weight, objective, share=share, kept=kept
+        )
         if isinstance(head, LowRankHead) and head.rescore:
             previews = [head.preview_rows(h.detach(), rows.ids) for h in drafted]
             objective = Objective(LOSSES["kl"], weights)

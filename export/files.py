@@ -24,6 +24,7 @@ TOKENIZER_FILES = (TOKENIZER, "tokenizer_config.json", "chat_template.jinja")
 # Tensors that the drafter graphs share with the target.
 EMBEDDING = "embed_tokens.weight"
 HEAD_ROWS = "lm_head.weight"
+DRAFT_IDS = "head.draft_ids"  # of a truncated head
 
 
 def copy_tokenizer(source: Path, destination: Path) -> None:

@@ -22,6 +22,7 @@ from drafter.eagle3 import Drafter
 from drafter.errors import UsageError
 from drafter.heads.dense import DenseHead, TargetHead
 from drafter.heads.low_rank import LowRankHead
+from drafter.heads.truncated import TruncatedHead
 from export.layers import Projection, frozen
 
 DOMAIN = "slimspec"
@@ -50,6 +51,12 @@ _PLAIN_END = """
     log_probs = Sub (best, lse)
     log_sum_exp = Squeeze (lse, last)
 """
+_MAPPED_END = (
+    _PLAIN_END.replace("best, ids =", "best, places =")
+    + """
+    ids = Gather (draft_ids, places)
+"""
+)
 _LOW_RANK_SCORES = """
     low = MatMul (h, w_down)
     raw = MatMul (low, w_up)
@@ -146,6 +153,25 @@ class DenseNode(nn.Module):
         return _function("DenseHead", "k", "h, weight", body)
 
 
+class TruncatedNode(nn.Module):
+    """`slimspec::TruncatedHead`: a dense head whose places are looked up in `draft_ids`."""
+
+    def __init__(self, head: TruncatedHead, k: int) -> None:
+        super().__init__()
+        self.weight, self.k = frozen(head.weight), k
+        self.register_buffer("draft_ids", head.draft_ids)
+        self.draft_ids: Tensor
+
+    def forward(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """h [B, R, H] -> log-probabilities and ids [B, R, K], log-sum-exp [B, R]."""
+        return _node("TruncatedHead", h, [self.weight, self.draft_ids], {"k": self.k})
+
+    def function(self) -> onnx.FunctionProto:
+        """The function body."""
+        body = _DENSE_SCORES + _LOG_SUM_EXP + _TOP_K + _MAPPED_END
+        return _function("TruncatedHead", "k", "h, weight, draft_ids", body)
+
+
 class ScoresNode(nn.Module):
     """`slimspec::TopKOfScores` over the scores of any other head, traced as they are."""
 
@@ -163,9 +189,10 @@ class ScoresNode(nn.Module):
         return _function("TopKOfScores", "k", "scores", body)
 
 
-def export_head(
-    drafter: Drafter, target_rows: nn.Parameter
-) -> LowRankNode | DenseNode | ScoresNode:
+HeadNode = LowRankNode | DenseNode | TruncatedNode
+
+
+def export_head(drafter: Drafter, target_rows: nn.Parameter) -> HeadNode | ScoresNode:
     """The export-time form of a drafter's head; `target_rows` [V, H] are the target's own.
 
     A head that has no form of its own here is exported through its `scores`.
@@ -176,7 +203,7 @@ def export_head(
         return ScoresNode(drafter.lm_head, drafter.config.top_k)
 
 
-def head_node(drafter: Drafter, target_rows: nn.Parameter) -> LowRankNode | DenseNode:
+def head_node(drafter: Drafter, target_rows: nn.Parameter) -> HeadNode:
     """The form of a head that has one of its own. Raises UsageError for any other."""
     head, k = drafter.lm_head, drafter.config.top_k
     if isinstance(head, LowRankHead):
@@ -185,6 +212,8 @@ def head_node(drafter: Drafter, target_rows: nn.Parameter) -> LowRankNode | Dens
         return DenseNode(frozen(head.weight), k)
     if isinstance(head, TargetHead):
         return DenseNode(target_rows, k)
+    if isinstance(head, TruncatedHead):
+        return TruncatedNode(head, k)
     raise UsageError(
         f"Head {drafter.config.head!r} has no node of its own; export/head.py has those that do."
     )

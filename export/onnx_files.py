@@ -20,7 +20,7 @@ import torch
 
 from drafter.errors import UsageError
 from export.contract import CONTRACT_VERSION, GraphName
-from export.files import WEIGHTS
+from export.files import DRAFT_IDS, WEIGHTS
 
 _PAGE = 4096  # large tensors start on a page, so that they can be mapped
 _LINE = 64  # small ones on a cache line
@@ -80,7 +80,8 @@ def _stays_inline(tensor: ir.TensorProtocol) -> bool:
 
 
 def map_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The float weights of a graph file by name, mapped from the data file beside it, not read.
+    """The float weights of a graph file by name, mapped from the data file beside it, not read; and
+    the ids a truncated head drafts.
 
     Raises UsageError when the data file is too short.
     """
@@ -90,6 +91,8 @@ def map_weights(path: Path) -> dict[str, torch.Tensor]:
     mapped = torch.from_file(str(data), shared=False, size=size, dtype=torch.uint8)
     for name, value in ir.load(path).graph.initializers.items():
         tensor = value.const_value
+        if name == DRAFT_IDS and tensor is not None:
+            found[name] = torch.from_numpy(tensor.numpy().copy())
         if not isinstance(tensor, ir.ExternalTensor) or tensor.dtype != ir.DataType.FLOAT:
             continue
         start = tensor.offset or 0

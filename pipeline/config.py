@@ -72,14 +72,17 @@ class RunOptions(BuildOptions, DecodeOptions):
 class DrafterOptions(_Options):
     """Shape and start of the drafter that `pipeline train` makes.
 
-    `rank` None is d/8; `taps` None are the target's default ones. With `start`, a drafter to train
-    on, shape and weights are that drafter's.
+    `rank` None is d/8; `taps` None are the target's default ones; `draft_vocab` None is a quarter
+    of the vocabulary, for a truncated head. With `start`, a drafter to train on, shape and weights
+    are that drafter's.
     """
 
     start: str | None = None
     head: str = "low_rank"
     rank: int | None = Field(None, ge=1)
     rescore: int = Field(128, ge=0)
+    draft_vocab: int | None = Field(None, ge=1)
+    draft_vocab_from: Literal["corpus", "answers"] = "answers"
     head_init: Literal["activation-pca", "random"] = "activation-pca"
     from_target: bool = True
     taps: tuple[int, ...] | None = None

@@ -25,7 +25,7 @@ from drafter.heads.low_rank import LowRankHead
 from drafter.heads.top_k import top_k_of_scores
 from engines.machine import physical_cores
 from engines.onnxruntime import session_options
-from export.head import DOMAIN, DOMAIN_VERSION, DenseNode, LowRankNode, head_node
+from export.head import DOMAIN, DOMAIN_VERSION, DenseNode, HeadNode, TruncatedNode, head_node
 from pipeline.reports import HeadReport
 
 _WARM_UP = 3
@@ -89,7 +89,7 @@ def _torch_call(drafter: Drafter, states: Tensor, dense: bool, threads: int) -> 
 
 
 def _onnxruntime_call(drafter: Drafter, states: Tensor, dense: bool, threads: int) -> Call:
-    node: DenseNode | LowRankNode
+    node: HeadNode
     if dense:
         node = DenseNode(nn.Parameter(_dense_weight(drafter), False), drafter.config.top_k)
     else:
@@ -105,7 +105,7 @@ def _onnxruntime_call(drafter: Drafter, states: Tensor, dense: bool, threads: in
 
 
 def head_session(
-    node: DenseNode | LowRankNode, size: int, threads: int
+    node: HeadNode, size: int, threads: int
 ) -> tuple[ort.InferenceSession, list[ort.OrtValue]]:
     """A session of the head alone, h [1, R, size] -> log_probs, ids, log_sum_exp.
 
@@ -136,9 +136,11 @@ def head_session(
     return session, list(values.values())
 
 
-def _inputs(node: DenseNode | LowRankNode) -> tuple[list[Array], dict[str, Any]]:
+def _inputs(node: HeadNode) -> tuple[list[Array], dict[str, Any]]:
     if isinstance(node, DenseNode):
         return [_array(node.weight)], {"k": node.k}
+    if isinstance(node, TruncatedNode):
+        return [_array(node.weight), node.draft_ids.numpy()], {"k": node.k}
     tensors = [node.down.weight, node.up.weight, *([node.target_rows] * bool(node.rescore))]
     return [_array(tensor) for tensor in tensors], {"k": node.k, "rescore": node.rescore}
 
@@ -148,7 +150,8 @@ def _array(tensor: Tensor) -> Array:
 
 
 def _external(name: str, weight: Array) -> onnx.TensorProto:
-    tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=weight.shape)
+    kind = helper.np_dtype_to_tensor_dtype(weight.dtype)
+    tensor = TensorProto(name=name, data_type=kind, dims=weight.shape)
     tensor.data_location = TensorProto.EXTERNAL
     tensor.external_data.add(key="location", value=name)
     return tensor

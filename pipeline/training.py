@@ -47,6 +47,8 @@ from pipeline.stages import DRAFTER_KIND, artifact_report, fetch_target, find_dr
 from pipeline.workspace import target_workspace
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from drafter.acceptance import Acceptance
     from drafter.capture import Captured
     from drafter.eagle3 import Drafter
@@ -89,6 +91,8 @@ def _train_stage(options: TrainOptions, share: Share, offline: bool | None) -> A
         "training": training.model_dump(mode="json"),
         **options.model_dump(include={"head_init", "from_target", "holdout"}),
     }
+    if config.head == "truncated":
+        arguments["draft_vocab_from"] = options.draft_vocab_from
     if is_up_to_date(out, DRAFTER_KIND, inputs, arguments):
         return _report(out, up_to_date=True)
     with disk_full_as_error(run):
@@ -135,8 +139,15 @@ def drafter_config(
     low_rank = options.head == "low_rank"
     if not low_rank and options.rank is not None:
         raise UsageError(f"--rank is for the low_rank head, --head is {options.head}; drop one.")
+    truncated = options.head == "truncated"
+    if not truncated and options.draft_vocab is not None:
+        raise UsageError(
+            f"--draft-vocab is for the truncated head, --head is {options.head}; drop one."
+        )
+    quarter = max(1, shape.vocab_size // 4)
     changes: dict[str, Any] = {
         "head": options.head,
+        "draft_vocab_size": (options.draft_vocab or quarter) if truncated else None,
         "lm_head_rank": options.rank,
         "rescore": min(options.rescore, shape.vocab_size) if low_rank else 0,
         "tokenizer_sha256": vocabulary_sha256(target.path / "tokenizer.json"),
@@ -303,6 +314,7 @@ def _train(
             head_init=options.head_init,
             from_target=options.from_target,
             states=states,
+            draft_ids=_draft_ids(target, config, documents, options.draft_vocab_from),
             seed=training.seed,
         )
         del states
@@ -316,6 +328,25 @@ def _train(
             lambda r: tell(_state(r), r.step / r.steps),
             share=share,
         )
+
+
+def _draft_ids(
+    target: TargetFolder, config: DrafterConfig, documents: Sequence[Captured], source: str
+) -> Tensor | None:
+    """What a truncated head may draft, from the documents it is trained on; None for others."""
+    from drafter.corpus import Document
+    from drafter.tokenizer import ChatTokenizer
+    from drafter.vocabulary import coverage, frequent_ids, token_counts
+
+    if config.draft_vocab_size is None:
+        return None
+    tokenizer = ChatTokenizer.load(target.path)
+    texts = (Document(document.ids, document.mask) for document in documents)
+    counts = token_counts(texts, config.vocab_size, source)
+    needed = tokenizer.eos_ids | {i for i in tokenizer.special_ids if i < config.vocab_size}
+    ids = frequent_ids(counts, config.draft_vocab_size, needed)
+    note(f"the draft vocabulary holds {coverage(counts, ids):.2%} of what was counted")
+    return ids
 
 
 def _state(report: StepReport) -> str:

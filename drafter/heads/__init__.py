@@ -1,4 +1,4 @@
-"""Heads: drafter state -> next-token scores over the full vocabulary.
+"""Heads: drafter state -> next-token scores over the vocabulary.
 
 A head is an `nn.Module` with `scores(h)`, `row_scores(h, rows)` and `top_k(h, k)`; `h` is the
 final-normed state `[..., H]`. `HEADS` names them; adding one is a file here and a line there.
@@ -16,6 +16,7 @@ from drafter.errors import UsageError
 from drafter.heads.dense import DenseHead, TargetHead
 from drafter.heads.low_rank import LowRankHead
 from drafter.heads.top_k import HeadOutput
+from drafter.heads.truncated import TruncatedHead
 
 
 class Head(Protocol):
@@ -35,6 +36,7 @@ HEADS: dict[str, Callable[[DrafterConfig, Tensor], nn.Module]] = {
     "dense": DenseHead,
     "target": TargetHead,
     "low_rank": LowRankHead,
+    "truncated": TruncatedHead,
 }
 
 

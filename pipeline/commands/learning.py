@@ -114,7 +114,9 @@ def train(
     head: Annotated[
         str | None,
         o.option(
-            "--head", help="low_rank, dense or target.", default=default(DrafterOptions, "head")
+            "--head",
+            help="low_rank, dense, target or truncated.",
+            default=default(DrafterOptions, "head"),
         ),
     ] = None,
     rank: Annotated[int | None, o.option("--rank", help="Rank r.", default="d/8")] = None,
@@ -124,6 +126,18 @@ def train(
             "--rescore",
             help="Candidates scored exactly with the target's rows; 0 is off.",
             default=default(DrafterOptions, "rescore"),
+        ),
+    ] = None,
+    draft_vocab: Annotated[
+        int | None,
+        o.option("--draft-vocab", help="truncated: tokens it can draft.", default="a quarter"),
+    ] = None,
+    draft_vocab_from: Annotated[
+        str | None,
+        o.option(
+            "--draft-vocab-from",
+            help="truncated: the most frequent tokens of the corpus or of its answers.",
+            default=default(DrafterOptions, "draft_vocab_from"),
         ),
     ] = None,
     head_init: Annotated[
@@ -258,6 +272,8 @@ def train(
         head=head,
         rank=rank,
         rescore=rescore,
+        draft_vocab=draft_vocab,
+        draft_vocab_from=draft_vocab_from,
         head_init=head_init,
         from_target=from_target,
         taps=_numbers(taps, int, "--taps"),

@@ -12,6 +12,7 @@ from drafter.errors import UsageError
 from drafter.heads import build_head
 from drafter.heads.low_rank import LowRankHead, activation_pca, initialise, rescored_top_k
 from drafter.heads.top_k import top_k_of_scores
+from drafter.heads.truncated import TruncatedHead
 from tests.tiny_drafter import VOCAB, tiny_target
 
 TARGET = tiny_target()
@@ -91,6 +92,26 @@ def test_scores_of_chosen_rows_are_those_rows_of_all_scores(kind: str) -> None:
     head = build_head(drafter_config_for(TARGET.config, top_k=6, head=kind), ROWS)
     h, rows = states(4), torch.tensor([0, 7, 60])
     torch.testing.assert_close(head.row_scores(h, rows), head.scores(h)[:, rows])  # type: ignore[operator]
+
+
+@torch.no_grad()
+def test_a_truncated_head_scores_its_part_of_the_vocabulary_and_nothing_else() -> None:
+    config = drafter_config_for(TARGET.config, top_k=6, head="truncated", draft_vocab_size=20)
+    head = build_head(config, ROWS)
+    assert isinstance(head, TruncatedHead)
+    ids = torch.arange(2, VOCAB, 3)
+    head.choose(ids, ROWS)
+    h, exact = states(4), states(4) @ ROWS.T
+    outside = torch.ones(VOCAB, dtype=torch.bool).index_fill(0, ids, False)
+    scores = head.scores(h)
+    torch.testing.assert_close(scores[:, ids], exact[:, ids])
+    assert (scores[:, outside] == float("-inf")).all()
+    rows = torch.tensor([0, 2, 5, 7, 59])
+    torch.testing.assert_close(head.row_scores(h, rows), scores[:, rows])
+    assert head.kept(rows).tolist() == [False, True, True, False, True]
+    best, wanted = head.top_k(h, 6), top_k_of_scores(scores, 6)
+    assert torch.equal(best.ids, wanted.ids)
+    torch.testing.assert_close(best.logprobs, wanted.logprobs)
 
 
 @given(st.lists(st.sampled_from([-1.0, 0.0, 0.5, 2.0]), min_size=6, max_size=30), st.integers(1, 6))

@@ -71,7 +71,7 @@ def test_gradcheck_of_every_readable_form() -> None:
     z, y = laws(2, 6)
     y.requires_grad_(True)
     for loss in LOSSES.values():
-        value = lambda s, loss=loss: loss.value(z.log_softmax(-1), s.log_softmax(-1), 0.3)  # noqa: E731
+        value = lambda s, loss=loss: loss.value(Laws.of(z.log_softmax(-1), s.log_softmax(-1)), 0.3)  # noqa: E731
         assert torch.autograd.gradcheck(value, (y,))
 
 
@@ -83,6 +83,19 @@ def test_minus_log_alpha_has_a_finite_slope_where_nothing_is_accepted() -> None:
     (gradient,) = torch.autograd.grad(value.sum(), scores)
     assert float(value.detach()) == pytest.approx(1 - math.log(LEAST_ALPHA), rel=1e-3)
     assert torch.isfinite(gradient).all()
+
+
+def test_what_cannot_be_drafted_counts_in_acceptance_and_not_in_likelihood() -> None:
+    """p = (1/2, 1/4, 1/4), only the first two can be drafted, q = (1/2, 1/2): alpha is 3/4; KL is
+    taken against (2/3, 1/3).
+    """
+    log_p = torch.tensor([[0.5, 0.25, 0.25]]).log()
+    log_q = torch.tensor([[0.5, 0.5, 0.0]]).log()
+    laws = Laws.of(log_p, log_q, kept=torch.tensor([True, True, False]))
+    kl = 2 / 3 * math.log(4 / 3) + 1 / 3 * math.log(2 / 3)
+    assert float(LOSSES["kl"].value(laws, 0.0)) == pytest.approx(kl, abs=1e-6)
+    assert float(LOSSES["tv"].value(laws, 0.0)) == pytest.approx(0.25)
+    assert float(LOSSES["lk_alpha"].value(laws, 0.0)) == pytest.approx(-math.log(0.75))
 
 
 def test_lambda_follows_the_paper() -> None:
@@ -97,7 +110,7 @@ def test_closed_form_gradients_equal_autograd(name: str) -> None:
     z, y = laws(5, 23)
     y.requires_grad_(True)
     log_p, log_q = z.log_softmax(-1), y.log_softmax(-1)
-    (wanted,) = torch.autograd.grad(loss.value(log_p, log_q, 0.4).sum(), y)
+    (wanted,) = torch.autograd.grad(loss.value(Laws.of(log_p, log_q), 0.4).sum(), y)
     got = loss.gradient(Laws.of(log_p, log_q.detach()), 0.4)
     torch.testing.assert_close(got, wanted, atol=1e-12, rtol=1e-9)
 
@@ -106,7 +119,7 @@ def test_closed_form_gradients_equal_autograd(name: str) -> None:
 def test_a_zero_of_the_target_adds_nothing_and_keeps_gradients_finite(name: str) -> None:
     scores = torch.tensor([[0.0, float("-inf"), 1.0]], dtype=torch.float64)
     y = torch.tensor([[0.3, 0.1, -0.2]], dtype=torch.float64, requires_grad=True)
-    value = LOSSES[name].value(scores.log_softmax(-1), y.log_softmax(-1), 0.5)
+    value = LOSSES[name].value(Laws.of(scores.log_softmax(-1), y.log_softmax(-1)), 0.5)
     (grad,) = torch.autograd.grad(value.sum(), y)
     assert torch.isfinite(value).all()
     assert torch.isfinite(grad).all()
@@ -115,19 +128,27 @@ def test_a_zero_of_the_target_adds_nothing_and_keeps_gradients_finite(name: str)
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("chunk", [1, 7, 64])
 @pytest.mark.parametrize("weights", STEP_WEIGHTS)
-def test_the_chunked_loss_is_the_eager_one(name: str, chunk: int, weights: str) -> None:
+@pytest.mark.parametrize("truncated", [False, True])
+def test_the_chunked_loss_is_the_eager_one(
+    name: str, chunk: int, weights: str, truncated: bool
+) -> None:
     """Value, alphas and the gradients of every step, also when N is no multiple of the chunk."""
     generator = torch.Generator().manual_seed(4)
     teacher = torch.randn(20, 31, generator=generator)
     steps = [torch.randn(20, 31, generator=generator, requires_grad=True) for _ in range(3)]
     log_weight = torch.rand(31, generator=generator)
+    kept = None
+    if truncated:
+        kept = torch.arange(31) % 3 > 0
+        steps = [z.detach().masked_fill(~kept, float("-inf")).requires_grad_() for z in steps]
     objective = Objective(LOSSES[name], STEP_WEIGHTS[weights](3, 0.8))
-    wanted, wanted_alphas = eager_loss(steps, teacher, log_weight, objective)
-    got, alphas = chunked_loss(steps, teacher, log_weight, objective, chunk)
+    wanted, wanted_alphas = eager_loss(steps, teacher, log_weight, objective, kept)
+    got, alphas = chunked_loss(steps, teacher, log_weight, objective, chunk, kept=kept)
     torch.testing.assert_close(got, wanted)
     assert alphas == pytest.approx(wanted_alphas, abs=1e-6)
     mine, theirs = torch.autograd.grad(2 * got, steps), torch.autograd.grad(2 * wanted, steps)
     for a, b in zip(mine, theirs, strict=True):
+        assert torch.isfinite(a).all()
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from drafter.acceptance import expected_tau, measure_acceptance
 from drafter.batches import collate, epoch_order, supervised_positions
 from drafter.errors import UsageError
+from drafter.heads.truncated import TruncatedHead
 from drafter.losses import LOSSES
 from drafter.start import start_drafter
 from drafter.training import (
@@ -137,7 +138,13 @@ def test_the_learning_rate_warms_up_and_falls_to_its_floor() -> None:
 @pytest.mark.parametrize("loss", ["kl", "lk_hybrid"])
 @pytest.mark.parametrize(
     ("head", "rescore", "gain"),
-    [("low_rank", 0, 0.06), ("low_rank", 16, 0.15), ("dense", 0, 0.15), ("target", 0, 0.15)],
+    [
+        ("low_rank", 0, 0.06),
+        ("low_rank", 16, 0.15),
+        ("dense", 0, 0.15),
+        ("target", 0, 0.15),
+        ("truncated", 0, 0.08),
+    ],
 )
 def test_training_raises_acceptance_on_what_it_saw(
     loss: str, head: str, rescore: int, gain: float, tmp_path: Path
@@ -145,7 +152,10 @@ def test_training_raises_acceptance_on_what_it_saw(
     """Memorising 24 small documents: alpha must rise well above the start (less for a head of rank
     8).
     """
-    drafter = tiny_drafter(TARGET, head=head, rescore=rescore)
+    size = 30 if head == "truncated" else None
+    drafter = tiny_drafter(TARGET, head=head, rescore=rescore, draft_vocab_size=size)
+    if isinstance(drafter.lm_head, TruncatedHead):
+        drafter.lm_head.choose(torch.arange(0, 60, 2), TARGET.lm_head.weight)
     before = measure_acceptance(drafter, DOCUMENTS, 2)
     config = TrainConfig(**FAST, loss=loss, epochs=12, sampled_rows=24)
     train(drafter, DOCUMENTS, config, tmp_path)

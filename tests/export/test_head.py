@@ -13,7 +13,8 @@ from onnx import helper, numpy_helper
 
 from drafter.config import DrafterConfig
 from drafter.eagle3 import Drafter
-from export.head import DOMAIN, DenseNode, LowRankNode, head_node
+from drafter.heads.truncated import TruncatedHead
+from export.head import DOMAIN, DenseNode, LowRankNode, TruncatedNode, head_node
 from export.layers import frozen
 from tests.tiny_drafter import VOCAB, tiny_drafter, tiny_target
 
@@ -23,7 +24,10 @@ HIDDEN = TARGET.config.hidden_size
 
 def drafter(**changes: object) -> Drafter:
     """A random drafter whose head scores spread over a few units."""
-    return tiny_drafter(TARGET, **changes)
+    model = tiny_drafter(TARGET, **changes)
+    if isinstance(model.lm_head, TruncatedHead):
+        model.lm_head.choose(torch.arange(1, VOCAB, 3), TARGET.lm_head.weight)
+    return model
 
 
 def run_head(model: Drafter, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -56,10 +60,12 @@ def run_head(model: Drafter, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     return torch.from_numpy(logprobs), torch.from_numpy(ids), torch.from_numpy(lse)
 
 
-def node_weights(node: LowRankNode | DenseNode) -> list[torch.Tensor]:
+def node_weights(node: LowRankNode | DenseNode | TruncatedNode) -> list[torch.Tensor]:
     """The function's inputs after `h`."""
     if isinstance(node, DenseNode):
         return [node.weight]
+    if isinstance(node, TruncatedNode):
+        return [node.weight, node.draft_ids]
     rows = [node.target_rows] if node.rescore else []
     return [node.down.weight, node.up.weight, *rows]
 
@@ -70,6 +76,7 @@ HEADS = {
     "low rank, all rescored": {"head": "low_rank", "rescore": VOCAB},
     "dense": {"head": "dense"},
     "the target's own": {"head": "target"},
+    "truncated": {"head": "truncated", "draft_vocab_size": 20},
 }
 
 

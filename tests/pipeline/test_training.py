@@ -20,6 +20,7 @@ from drafter.corpus import read_corpus
 from drafter.training import read_log
 from pipeline.stages import fetch_target, find_drafter
 from tests.pipeline.command import Result, assert_refused, command_line, environment, run_command
+from tests.pipeline.conftest import run_arguments
 
 COMMON = ("--batch-tokens=64", "--sampled-rows=0", "--precision=fp32", "--rank=8", "--rescore=0")
 
@@ -274,6 +275,49 @@ def test_states_kept_by_the_corpus_are_trained_on_where_they_are_the_same(
     assert captured(tmp_path / "same", tiny_llama_dir, False) == kept
     assert captured(tmp_path / "taps", tiny_llama_dir, True, "--taps=0,1,1") != kept
     assert captured(tmp_path / "target", tuned, True) != kept
+
+
+def test_a_truncated_drafter_is_trained_exported_checked_and_decodes(
+    cache: Path, tiny_llama_dir: Path, dialogues: Path, prompt_file: Path, tmp_path: Path
+) -> None:
+    """Parity and identical texts are what `run` exits with 0 for."""
+    out = tmp_path / "drafter"
+    trained = run_command(
+        "train",
+        f"--target={tiny_llama_dir}",
+        f"--dialogues={dialogues}",
+        *("--head=truncated", "--draft-vocab=100", "--loss=lk_hybrid"),
+        *("--batch-tokens=64", "--sampled-rows=0", "--precision=fp32", "--epochs=2"),
+        f"--out={out}",
+    )
+    assert trained.code == 0, trained.err
+    assert "draft vocabulary holds 100.00%" in trained.err
+    report = tmp_path / "report.json"
+    arguments = run_arguments(tiny_llama_dir, out, prompt_file, report)
+    result = run_command(*arguments)
+    assert result.code == 0, result.err
+    found = json.loads(report.read_text())
+    assert found["decode"]["identical"] == found["decode"]["prompts"]
+    assert all(row["ok"] for row in found["parity"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (("--head=truncated", "--draft-vocab=3"), ("has 3 tokens", "--draft-vocab")),
+        (("--head=truncated", "--draft-vocab=999999"), ("draft_vocab_size 999999",)),
+        (("--head=dense", "--draft-vocab=100"), ("--draft-vocab", "truncated")),
+    ],
+)
+def test_a_draft_vocabulary_that_does_not_fit_is_one_sentence(
+    cache: Path,
+    tiny_llama_dir: Path,
+    dialogues: Path,
+    wrong: tuple[str, ...],
+    words: tuple[str, ...],
+) -> None:
+    target = f"--target={tiny_llama_dir}"
+    assert_refused(run_command("train", target, f"--dialogues={dialogues}", *wrong), 2, *words)
 
 
 @pytest.mark.parametrize("command", ["corpus", "train"])

@@ -139,6 +139,11 @@ def _family(raw: dict[str, Any]) -> Family:
     return FAMILIES[kind]
 
 
+def read_rope(config: dict[str, Any], where: str) -> RopeConfig:
+    """RoPE of a Hugging Face config. Raises UsageError."""
+    return _rope(_Fields(config, where))
+
+
 def _rope(fields: _Fields) -> RopeConfig:
     """RoPE parameters: transformers 5 keeps them in `rope_parameters`, 4 in `rope_theta` and
     `rope_scaling`.

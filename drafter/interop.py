@@ -1,8 +1,8 @@
-"""Our drafters as EAGLE-3 checkpoints that other engines load.
+"""Our drafters as EAGLE-3 checkpoints that other engines load. The way back: `drafter.published`.
 
-They know no low-rank head, so it is written as the dense matrix it stands for: the product of its
-factors, taken in float32, or for a rescoring head the target's own rows, which give its scores.
-That is compatibility without SlimSpec's speed: V x H weights instead of (V + H) x r.
+Other engines know no low-rank head, so it is written as the dense matrix it stands for: the product
+of its factors, taken in float32, or for a rescoring head the target's own rows, which give its
+scores. That is compatibility without SlimSpec's speed: V x H weights instead of (V + H) x r.
 
 Tap ids. Ours mean "input of layer i". vLLM and speculators read ids so too; SGLang and SpecForge
 read "output of layer i", 0-based, so for them every id is one less. Names and loaders' habits:
@@ -25,6 +25,7 @@ from drafter.config import DrafterConfig
 from drafter.eagle3 import Drafter
 from drafter.errors import UsageError
 from drafter.heads.low_rank import LowRankHead
+from drafter.heads.truncated import TruncatedHead
 from drafter.sources.folder import WEIGHTS
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -33,7 +34,7 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 @dataclass(frozen=True)
 class Layout:
     """How an engine wants a drafter: the layer's name, its config, and whether it needs the maps
-    between draft and target ids although they are the identity.
+    between draft and target ids even where they are the identity.
     """
 
     layer: str
@@ -42,8 +43,12 @@ class Layout:
 
 
 def dense_head(drafter: Drafter) -> Tensor:
-    """The head as one matrix [V, H], float32: its scores of h are W h."""
+    """The head as one matrix [V, H], float32: its scores of h are W h. Of a truncated head only the
+    rows it has, [Vd, H].
+    """
     head = drafter.lm_head
+    if isinstance(head, TruncatedHead):
+        return head.weight.detach().float()
     if isinstance(head, LowRankHead) and not head.rescore:
         return head.up.weight.detach().float() @ head.down.weight.detach().float()
     identity = torch.eye(drafter.config.hidden_size)
@@ -71,10 +76,11 @@ def write_eagle3(
         if not name.startswith("lm_head.")
     }
     tensors["lm_head.weight"] = dense_head(drafter).to(DTYPES[dtype])
-    if chosen.identity_maps:
-        vocab = drafter.config.vocab_size
-        tensors["d2t"] = torch.zeros(vocab, dtype=torch.int64)  # target id = draft id + d2t
-        tensors["t2d"] = torch.ones(vocab, dtype=torch.bool)
+    head, vocab = drafter.lm_head, drafter.config.vocab_size
+    if isinstance(head, TruncatedHead) or chosen.identity_maps:
+        ids = head.draft_ids if isinstance(head, TruncatedHead) else torch.arange(vocab)
+        tensors["d2t"] = ids - torch.arange(len(ids))  # target id = draft id + d2t
+        tensors["t2d"] = torch.isin(torch.arange(vocab), ids)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -86,6 +92,8 @@ def _torch_name(dtype: str) -> str:
 def _layer_config(config: DrafterConfig) -> dict[str, Any]:
     """The drafter's one layer as a Llama config. Nothing is left to a loader's default."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope.theta}
+    if config.rope.kind == "linear":
+        rope |= {"rope_type": "linear", "factor": config.rope.factor}
     if config.rope.kind == "llama3":
         rope |= {
             "rope_type": "llama3",
@@ -118,7 +126,8 @@ def _layer_config(config: DrafterConfig) -> dict[str, Any]:
 def _plain(config: DrafterConfig, taps: tuple[int, ...]) -> dict[str, Any]:
     return _layer_config(config) | {
         "architectures": ["LlamaForCausalLMEagle3"],
-        "draft_vocab_size": config.vocab_size,  # null would make SGLang borrow the target's head
+        # null would make SGLang borrow the target's head
+        "draft_vocab_size": config.draft_vocab_size or config.vocab_size,
         "target_hidden_size": config.target_hidden_size,
         "norm_before_residual": False,
         "eagle_config": {
@@ -153,7 +162,7 @@ def _speculators(config: DrafterConfig, target: dict[str, Any]) -> dict[str, Any
         "architectures": ["Eagle3Speculator"],
         "speculators_model_type": "eagle3",
         "speculators_version": "0.9.0",
-        "draft_vocab_size": config.vocab_size,
+        "draft_vocab_size": config.draft_vocab_size or config.vocab_size,
         "norm_before_residual": False,
         "norm_before_fc": False,
         "fc_norm": False,

@@ -38,6 +38,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "train": learning.train,
     "export": artifacts.export,
     "export-drafter": artifacts.export_drafter,
+    "import-drafter": artifacts.import_drafter,
     "build-engine": artifacts.build_engine,
     "check": artifacts.check,
     "generate": decoding.generate,

@@ -1,18 +1,21 @@
-"""The stage that writes a drafter for other engines, and says how alike the two are."""
+"""The stages that write a drafter for other engines, saying how alike the two are, and read one."""
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from drafter.artifact import read_artifact, refuse_foreign, sha256_file, write_artifact
 from drafter.config import read_json
+from drafter.errors import UsageError
 from drafter.sources import TargetFolder
 from drafter.sources.folder import weight_files
+from drafter.tokenizer import vocabulary_sha256
 from pipeline.progress import progress
 from pipeline.prompts import own_prompts
 from pipeline.reports import ArtifactReport
-from pipeline.stages import artifact_report
+from pipeline.stages import DRAFTER_KIND, artifact_report
 from pipeline.workspace import target_workspace
 
 if TYPE_CHECKING:
@@ -56,6 +59,38 @@ def interop_stage(
     return report.model_copy(update={"details": {**arguments, **alike}})
 
 
+def import_stage(
+    target: TargetFolder, source: Path, tap_ids: str | None, out: Path | None = None
+) -> ArtifactReport:
+    """Read a published EAGLE-3 checkpoint into a drafter artifact. Raises UsageError."""
+    from drafter.checkpoint import load_target, save_drafter
+    from drafter.published import read_eagle3
+
+    if not (source / "config.json").is_file():
+        raise UsageError(f"{source} has no config.json; give the folder of a checkpoint.")
+    out = (out or target_workspace(target) / "drafter").resolve()
+    refuse_foreign(out, DRAFTER_KIND)
+    with progress("import-drafter") as tell:
+        tell("loading target and drafter", None)
+        model = load_target(target.path)
+        drafter = read_eagle3(source, model, tap_ids)
+        drafter.config = drafter.config.model_copy(
+            update={"tokenizer_sha256": vocabulary_sha256(target.path / "tokenizer.json")}
+        )
+        hashes = "".join(map(sha256_file, weight_files(source)))
+        inputs = {
+            "target": target.fingerprint,
+            "checkpoint": hashlib.sha256(hashes.encode()).hexdigest(),
+        }
+        arguments = {"tap_ids": tap_ids}
+        with write_artifact(out, DRAFTER_KIND, target.name, inputs, arguments, {}) as temporary:
+            save_drafter(drafter, temporary, drafter.fc.weight.dtype)
+    found = drafter.config
+    report = artifact_report(read_artifact(out, DRAFTER_KIND, verify=False), out)
+    details = {"head": found.head, "taps": found.taps, "draft_vocab_size": found.draft_vocab_size}
+    return report.model_copy(update={"details": details})
+
+
 def _texts(target: TargetFolder) -> list[list[int]]:
     from drafter.tokenizer import ChatTokenizer
 
@@ -71,6 +106,7 @@ def agreement(drafter: Drafter, target: TargetDecoder, texts: list[list[int]]) -
 
     from drafter.decoder import causal_mask
     from drafter.heads.top_k import largest
+    from drafter.heads.truncated import TruncatedHead
     from drafter.interop import dense_head
 
     matrix = dense_head(drafter)
@@ -88,6 +124,8 @@ def agreement(drafter: Drafter, target: TargetDecoder, texts: list[list[int]]) -
             h = drafter.head_input(out.state)[0]  # [n - 1, H]
             ours = drafter.lm_head.top_k(h, _CANDIDATES).ids  # type: ignore[operator]
             theirs = largest(h @ matrix.T, _CANDIDATES)[1]
+            if isinstance(drafter.lm_head, TruncatedHead):
+                theirs = drafter.lm_head.draft_ids[theirs]
         first += int((ours[:, 0] == theirs[:, 0]).sum())
         same += int((ours[:, :, None] == theirs[:, None]).sum())
         positions += n - 1

@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import typer
+
+from drafter.errors import UsageError
 from pipeline.commands import options as o
 from pipeline.config import BuildOptions, RunOptions, options
 from pipeline.output import print_artifact, print_json, print_tables, print_text
@@ -98,6 +101,37 @@ def export_drafter(
             "none of the low-rank head's speed"
         )
     print_artifact(report, as_json)
+
+
+def import_drafter(
+    source: Annotated[Path, typer.Argument(help="Folder of a published EAGLE-3 checkpoint.")],
+    target: o.Target = None,
+    tap_ids: Annotated[
+        str | None,
+        o.option(
+            "--tap-ids",
+            help="What layer ids in its config mean: input (vLLM) or output (SGLang, SpecForge).",
+            default="input for speculators; must be said where others name layers",
+        ),
+    ] = None,
+    out: o.Out = None,
+    offline: o.Offline = False,
+    as_json: o.Json = False,
+) -> None:
+    """Read a published EAGLE-3 checkpoint as a drafter of ours. Prints the drafter folder.
+
+    \b
+    Examples:
+      pipeline import-drafter ./EAGLE3-llama --target ./my-llama --tap-ids input
+      pipeline import-drafter ./speculator --target ./my-llama --out ./my-drafter
+    """
+    from pipeline.interop import import_stage
+    from pipeline.stages import fetch_target
+
+    if tap_ids not in (None, "input", "output"):
+        raise UsageError(f"--tap-ids is '{tap_ids}'; it must be input or output.")
+    found = fetch_target(options(RunOptions, target=target).target, offline=o.offline(offline))
+    print_artifact(import_stage(found, source, tap_ids, out), as_json)
 
 
 def build_engine(

@@ -18,6 +18,7 @@ COMMANDS = (
     "train",
     "export",
     "export-drafter",
+    "import-drafter",
     "build-engine",
     "check",
     "generate",

@@ -1,0 +1,131 @@
+"""Published EAGLE-3 checkpoints, read: those of EAGLE, SpecForge and speculators.
+
+Names: `midlayer.*` or `layers.0.*`, with or without `model.`; `d2t` holds target id minus draft id.
+Tap ids: ours mean "input of layer i"; whoever means "output of layer i" has each one less. Only the
+original forward is read; what its variants are called is in `VARIANTS`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from drafter.checkpoint import fill, read_tensors
+from drafter.config import DrafterConfig, TargetConfig, drafter_config_for, read_json
+from drafter.decoder import TargetDecoder
+from drafter.eagle3 import Drafter
+from drafter.errors import UsageError
+from drafter.families import read_rope
+from drafter.vocabulary import check_draft_ids
+
+# Variants of the forward that `drafter.eagle3` does not compute, as published configs name them.
+VARIANTS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+
+
+def read_eagle3(folder: Path, target: TargetDecoder, tap_ids: str | None) -> Drafter:
+    """The drafter of a published checkpoint, weights in their own dtype.
+
+    `tap_ids`: "input" or "output", what the layer ids in its config mean; None where the config
+    names none or is of speculators. Raises UsageError for a variant of the forward that we do not
+    compute, a foreign embedding, or weights that do not fit.
+    """
+    found = read_json(folder / "config.json")
+    layer = found.get("transformer_layer_config", found)
+    for variant in VARIANTS:
+        if found.get(variant):
+            raise UsageError(
+                f"{folder}: its config sets {variant}, a variant of EAGLE-3 that this version does "
+                "not compute; only the original form can be read."
+            )
+    tensors = _own_names(dict(read_tensors(folder)))
+    _drop_embedding(tensors, target, folder)
+    ids = _draft_ids(tensors, target.config.vocab_size)
+    taps = _taps(found, target.config, tap_ids, folder)
+    config = _native_config(layer, tensors, ids, taps, target.config, folder)
+    model = Drafter(config, target.embed_tokens.weight, target.lm_head.weight)
+    if ids is not None and config.head == "truncated":
+        check_draft_ids(ids, config.vocab_size, target.config.eos_token_ids, str(folder))
+        tensors["lm_head.draft_ids"] = ids
+    fill(model, tensors, folder)
+    return model.eval()
+
+
+def _own_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    named = {}
+    for name, tensor in tensors.items():
+        own = name.removeprefix("model.")
+        if own.startswith("layers.0."):
+            own = own.replace("layers.0.", "midlayer.", 1)
+        named[own] = tensor
+    return named
+
+
+def _drop_embedding(tensors: dict[str, Tensor], target: TargetDecoder, where: Path) -> None:
+    own = tensors.pop("embed_tokens.weight", None)
+    theirs = target.embed_tokens.weight
+    if own is None or (own.shape == theirs.shape and torch.equal(own, theirs.to(own.dtype))):
+        return
+    raise UsageError(
+        f"{where} has an embedding of its own that is not the target's; ours share the target's. "
+        "Is it a drafter for another target?"
+    )
+
+
+def _draft_ids(tensors: dict[str, Tensor], vocab_size: int) -> Tensor | None:
+    """Target ids of the draft ids; None where they are the whole vocabulary in order."""
+    tensors.pop("t2d", None)  # says the same as d2t
+    differences = tensors.pop("d2t", None)
+    if differences is None:
+        return None
+    ids = torch.arange(len(differences)) + differences.long()
+    return None if len(ids) == vocab_size and not differences.any() else ids
+
+
+def _taps(
+    config: dict[str, Any], target: TargetConfig, tap_ids: str | None, where: Path
+) -> tuple[int, ...]:
+    """Taps in our convention, "input of layer i"."""
+    key = "eagle_aux_hidden_state_layer_ids"
+    ids = config.get(key) or (config.get("eagle_config") or {}).get(key)
+    if not ids:
+        return target.default_taps
+    if "speculators_model_type" in config and tap_ids is None:
+        tap_ids = "input"
+    if tap_ids not in ("input", "output"):
+        raise UsageError(
+            f"{where}: its config names the layers {list(ids)}; projects disagree whether that "
+            "means inputs or outputs: say --tap-ids input (vLLM) or output (SGLang, SpecForge)."
+        )
+    return tuple(int(i) + (tap_ids == "output") for i in ids)
+
+
+def _native_config(
+    layer: dict[str, Any],
+    tensors: dict[str, Tensor],
+    ids: Tensor | None,
+    taps: tuple[int, ...],
+    target: TargetConfig,
+    where: Path,
+) -> DrafterConfig:
+    sizes = ("hidden_size", "intermediate_size", "num_attention_heads")
+    if missing := [name for name in sizes if not isinstance(layer.get(name), int)]:
+        raise UsageError(f"{where}/config.json: {missing[0]} is missing or no whole number.")
+    heads = layer["num_attention_heads"]
+    head = "target" if "lm_head.weight" not in tensors else "dense" if ids is None else "truncated"
+    return drafter_config_for(
+        target,
+        hidden_size=layer["hidden_size"],
+        intermediate_size=layer["intermediate_size"],
+        num_heads=heads,
+        num_kv_heads=layer.get("num_key_value_heads", heads),
+        head_dim=layer.get("head_dim") or layer["hidden_size"] // heads,
+        rms_norm_eps=layer.get("rms_norm_eps", 1e-6),
+        rope=read_rope(layer, str(where)),
+        max_positions=layer.get("max_position_embeddings", target.max_positions),
+        taps=taps,
+        head=head,
+        draft_vocab_size=len(ids) if head == "truncated" and ids is not None else None,
+    )

@@ -1,0 +1,131 @@
+"""Published EAGLE-3 checkpoints: read to the bit, refused where we would compute otherwise."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from drafter.config import RopeConfig
+from drafter.eagle3 import Drafter
+from drafter.errors import UsageError
+from drafter.heads.truncated import TruncatedHead
+from drafter.interop import LAYOUTS, write_eagle3
+from drafter.published import VARIANTS, read_eagle3
+from tests.tiny_drafter import VOCAB, tiny_drafter, tiny_target
+
+TARGET = tiny_target()
+ABOUT = {"name": "org/tiny", "architectures": ["LlamaForCausalLM"]}
+CONVENTION = {"vllm": "input", "sglang": "output", "speculators": None}
+HEADS: dict[str, dict[str, Any]] = {
+    "dense": {"head": "dense"},
+    "truncated": {"head": "truncated", "draft_vocab_size": 20},
+}
+
+
+def drafter(**changes: Any) -> Drafter:
+    made = tiny_drafter(TARGET, **changes)
+    if isinstance(made.lm_head, TruncatedHead):
+        made.lm_head.choose(torch.arange(2, VOCAB, 3), TARGET.lm_head.weight)
+    return made
+
+
+def published(folder: Path, layout: str = "vllm", **changes: Any) -> Drafter:
+    made = drafter(**({"head": "dense"} | changes))
+    write_eagle3(made, folder, layout, "fp32", ABOUT)
+    return made
+
+
+def edit(folder: Path, change: Any) -> None:
+    """Change config and tensors of a checkpoint."""
+    config = json.loads((folder / "config.json").read_text())
+    tensors = load_file(folder / "model.safetensors")
+    config, tensors = change(config, tensors)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("head", HEADS)
+def test_what_was_written_is_read_back_to_the_bit(layout: str, head: str, tmp_path: Path) -> None:
+    made = published(tmp_path, layout, **HEADS[head])
+    found = read_eagle3(tmp_path, TARGET, CONVENTION[layout])
+    assert found.config.taps == made.config.taps
+    assert found.config.head == head
+    assert found.config.draft_vocab_size == made.config.draft_vocab_size
+    wanted = made.state_dict()
+    assert found.state_dict().keys() == wanted.keys()
+    for name, tensor in found.state_dict().items():
+        assert torch.equal(tensor, wanted[name]), name
+
+
+def test_other_prefixes_and_an_equal_embedding_are_the_same_drafter(tmp_path: Path) -> None:
+    made = published(tmp_path)
+
+    def change(config: Any, tensors: Any) -> Any:
+        named = {f"model.{n.replace('midlayer.', 'layers.0.')}": t for n, t in tensors.items()}
+        return config, named | {"embed_tokens.weight": TARGET.embed_tokens.weight.clone()}
+
+    edit(tmp_path, change)
+    found = read_eagle3(tmp_path, TARGET, "input")
+    assert torch.equal(found.fc.weight, made.fc.weight)
+    assert torch.equal(found.midlayer.mlp.up_proj.weight, made.midlayer.mlp.up_proj.weight)
+
+
+def test_without_a_head_it_is_the_targets(tmp_path: Path) -> None:
+    published(tmp_path)
+    edit(tmp_path, lambda c, t: (c, {n: x for n, x in t.items() if n != "lm_head.weight"}))
+    assert read_eagle3(tmp_path, TARGET, "input").config.head == "target"
+
+
+def test_without_layer_ids_the_taps_are_the_default_ones(tmp_path: Path) -> None:
+    published(tmp_path)
+    edit(tmp_path, lambda c, t: ({k: v for k, v in c.items() if k != "eagle_config"}, t))
+    assert read_eagle3(tmp_path, TARGET, None).config.taps == TARGET.config.default_taps
+
+
+def test_rope_is_that_of_the_checkpoint(tmp_path: Path) -> None:
+    published(tmp_path, rope=RopeConfig(theta=5e5, kind="llama3", factor=8.0))
+    rope = read_eagle3(tmp_path, TARGET, "input").config.rope
+    assert (rope.theta, rope.kind, rope.factor) == (5e5, "llama3", 8.0)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_that_we_do_not_compute_are_refused(variant: str, tmp_path: Path) -> None:
+    published(tmp_path)
+    edit(tmp_path, lambda c, t: (c | {variant: True}, t))
+    with pytest.raises(UsageError, match=f"sets {variant}, a variant"):
+        read_eagle3(tmp_path, TARGET, "input")
+
+
+def test_layer_ids_without_a_convention_are_refused(tmp_path: Path) -> None:
+    published(tmp_path)
+    with pytest.raises(UsageError, match="say --tap-ids input"):
+        read_eagle3(tmp_path, TARGET, None)
+
+
+def test_what_belongs_to_another_target_or_is_incomplete_is_refused(tmp_path: Path) -> None:
+    published(tmp_path)
+    edit(tmp_path, lambda c, t: (c, t | {"embed_tokens.weight": torch.randn(VOCAB, 32)}))
+    with pytest.raises(UsageError, match="embedding of its own that is not the target's"):
+        read_eagle3(tmp_path, TARGET, "input")
+    edit(
+        tmp_path,
+        lambda c, t: (c, {n: x for n, x in t.items() if "embed" not in n and n != "fc.weight"}),
+    )
+    with pytest.raises(UsageError, match=r"Missing: fc\.weight"):
+        read_eagle3(tmp_path, TARGET, "input")
+    edit(tmp_path, lambda c, t: ({k: v for k, v in c.items() if k != "hidden_size"}, t))
+    with pytest.raises(UsageError, match="hidden_size is missing"):
+        read_eagle3(tmp_path, TARGET, "input")
+
+
+def test_a_vocabulary_without_the_end_of_a_text_is_refused(tmp_path: Path) -> None:
+    published(tmp_path, head="truncated", draft_vocab_size=20)
+    edit(tmp_path, lambda c, t: (c, t | {"d2t": t["d2t"] + 1}))  # 2 becomes 3
+    with pytest.raises(UsageError, match="lacks token 2, which ends a text"):
+        read_eagle3(tmp_path, TARGET, "input")

@@ -4,13 +4,17 @@ Slot j holds the target's taps of position j with the embedding of token x_{j+1}
 position j. With n slots committed, the root is the token of slot n-1; a node of depth d is fed at
 rotary position n-1+d. `extend` commits its slots; the rows that `step` adds live until the next
 `extend`, which drops them: accepted tokens are fed again with the target's own taps.
+
+The drafter's cache is a window: the first few slots and the latest ones (`Window`). A drafter that
+was trained on short texts looks no further back than it learnt to, and a long context costs it no
+more than a short one. Positions stay those of the text. What it forgets only costs guesses.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -49,17 +53,42 @@ class Drafter(Protocol):
         ...
 
 
+class Window(NamedTuple):
+    """Slots that the drafter keeps: the first `sink` and at least the latest `recent`.
+
+    Up to a quarter more of the latest ones stay, so that rows are moved only now and then.
+    """
+
+    sink: int = 4
+    recent: int = 1024
+
+    def excess(self, rows: int) -> int:
+        """How many of `rows` kept ones to forget now, from place `sink` on."""
+        full = self.sink + self.recent
+        return rows - full if rows > full + self.recent // 4 else 0
+
+
+DEFAULT_WINDOW = Window()
+
+
 class EngineDrafter:
     """A `Drafter` over the two drafter graphs of an engine set, batch 1."""
 
     def __init__(
-        self, extend: Engine, step: Engine, config: DrafterConfig, max_context: int
+        self,
+        extend: Engine,
+        step: Engine,
+        config: DrafterConfig,
+        max_context: int,
+        window: Window = DEFAULT_WINDOW,
     ) -> None:
         self.top_k = config.top_k
         self.engine_seconds = 0.0
         self._extend = extend
         self._step = step
-        self._slots = 0
+        self._slots = 0  # committed slots, forgotten ones included
+        self._rows = 0  # cached rows of those
+        self._window = window
         self._cache = KeyValueCache(1, config.kv_size, max_context)
         self._state = np.empty((1, 0, config.hidden_size), np.float32)  # [1, R, H], last call's
 
@@ -70,23 +99,25 @@ class EngineDrafter:
 
     def extend(self, tokens: Sequence[int], taps: Taps) -> Proposals:
         """See `Drafter`."""
-        self._cache.truncate(self._slots)
+        self._cache.truncate(self._rows)
         count, first = len(tokens), self._slots
         feeds: dict[str, npt.NDArray[Any]] = {
             "input_ids": int_row(tokens),
             "taps": taps,
             "position_ids": int_row(range(first, first + count)),
-            "attention_mask": attention_mask(first, np.tri(count, dtype=np.bool_)),
+            "attention_mask": attention_mask(self._rows, np.tri(count, dtype=np.bool_)),
             "rows": int_row([count - 1]),
         }
         proposals = self._run(self._extend, feeds)
-        self._slots = self._cache.length
+        self._slots += count
+        self._cache.forget(self._window.sink, self._window.excess(self._cache.length))
+        self._rows = self._cache.length
         return proposals
 
     def step(self, frontier: Frontier) -> Proposals:
         """See `Drafter`."""
         count = len(frontier.tokens)
-        fed = self._cache.length - self._slots
+        fed = self._cache.length - self._rows
         among = np.zeros((count, fed + count), dtype=np.bool_)
         for row, ancestors in enumerate(frontier.ancestors):
             for seen in ancestors:
@@ -97,14 +128,17 @@ class EngineDrafter:
             "input_ids": int_row(frontier.tokens),
             "parent_state": self._state.take(frontier.parent_rows, axis=1),
             "position_ids": int_row([position] * count),
-            "attention_mask": attention_mask(self._slots, among),
+            "attention_mask": attention_mask(self._rows, among),
         }
         return self._run(self._step, feeds)
 
     def truncate(self, length: int) -> None:
-        """See `Drafter`."""
-        self._cache.truncate(length)
-        self._slots = length
+        """See `Drafter`. Raises ValueError where that would reach into what was forgotten."""
+        rows = self._rows - (self._slots - length) if length else 0
+        if self._rows < self._slots and length and rows < self._window.sink:
+            raise ValueError(f"the slots before {length} are forgotten; truncate to 0")
+        self._cache.truncate(rows)
+        self._slots, self._rows = length, rows
 
     def _run(self, engine: Engine, feeds: dict[str, npt.NDArray[Any]]) -> Proposals:
         past = self._cache.past()

@@ -70,6 +70,18 @@ class TestKeyValueCache:
             seen.append(cache.capacity)
         assert seen == [4, 8, 16, 16, 20]
 
+    @given(first=st.integers(0, 9), count=st.integers(0, 9))
+    def test_forgets_rows_in_the_middle(self, first: int, count: int) -> None:
+        cache = KeyValueCache(LAYERS, KV, max_length=20)
+        made = new_rows(9, 0)
+        cache.commit(made)
+        if first + count > 9:
+            with pytest.raises(ValueError, match="cannot forget"):
+                cache.forget(first, count)
+            return
+        cache.forget(first, count)
+        np.testing.assert_array_equal(held(cache), np.delete(made, range(first, first + count), 1))
+
     def test_a_full_context_is_one_clear_sentence_and_changes_nothing(self) -> None:
         cache = KeyValueCache(LAYERS, KV, max_length=6)
         cache.commit(new_rows(5, 0))

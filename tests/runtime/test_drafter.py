@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from runtime.drafter import EngineDrafter
+from runtime.drafter import EngineDrafter, Window
 from runtime.tree import Frontier
 from tests.runtime.tiny_engines import tiny
 
@@ -99,3 +99,52 @@ def test_extend_forgets_the_tree_and_truncate_the_slots() -> None:
     assert again.tokens == expected.tokens
     assert again.log_probs[0] == pytest.approx(expected.log_probs[0], abs=1e-5)
     assert drafter.length == len(TOKENS) + 2
+
+
+class TestWindow:
+    def windowed(self, window: Window) -> tuple[EngineDrafter, list[object]]:
+        """A drafter with a small window after 9 extensions of 5 slots; and the extend calls."""
+        model = tiny(5, kind="random", max_context=200)
+        drafter = model.drafter
+        drafter._window = window
+        random = np.random.default_rng(0)
+        for _ in range(9):
+            taps = random.standard_normal((1, len(TOKENS), 48), dtype=np.float32)
+            drafter.extend(TOKENS, taps)
+        return drafter, model.engines["extend"].calls  # type: ignore[return-value]
+
+    def test_keeps_the_first_slots_and_the_latest_ones_at_their_positions(self) -> None:
+        """Of 45 slots the keys of 0, 1 and the latest 16 to 20 are left, as they were made."""
+        _, calls = self.windowed(Window(2, 16))
+        _, whole = self.windowed(Window(2, 1000))
+        lengths = [call["past_key_0"].shape[1] for call in calls]  # type: ignore[index]
+        assert lengths == [0, 5, 10, 15, 20, 18, 18, 18, 18]
+        last, full = calls[-1], whole[-1]
+        assert last["position_ids"][0].tolist() == list(range(40, 45))  # type: ignore[index]
+        kept = full["past_key_0"][0][[0, 1, *range(24, 40)]]  # type: ignore[index]
+        # Later keys differ by what their layer's input attended, earlier ones do not: one layer.
+        np.testing.assert_allclose(last["past_key_0"][0], kept, atol=1e-5)  # type: ignore[index]
+        assert last["attention_mask"].shape[-1] == 18 + 5  # type: ignore[index]
+
+    def test_a_wide_one_changes_nothing(self) -> None:
+        narrow, _ = self.windowed(Window(4, 40))
+        wide, _ = self.windowed(Window(4, 1000))
+        taps = np.ones((1, 5, 48), np.float32)
+        assert narrow.extend(TOKENS, taps) == wide.extend(TOKENS, taps)
+
+    def test_steps_attend_what_is_left_and_their_ancestors(self) -> None:
+        drafter, _ = self.windowed(Window(2, 16))
+        found = drafter.step(frontier(LEVELS[0], 1))
+        again = drafter.step(frontier(LEVELS[1], 2))
+        assert len(found.tokens) == 3
+        assert len(again.tokens) == 4
+        assert drafter.length == 45
+
+    def test_what_is_forgotten_cannot_be_gone_back_to(self) -> None:
+        drafter, _ = self.windowed(Window(2, 16))
+        drafter.truncate(40)
+        assert drafter.length == 40
+        with pytest.raises(ValueError, match="forgotten"):
+            drafter.truncate(20)
+        drafter.truncate(0)
+        assert drafter.length == 0

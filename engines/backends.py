@@ -19,9 +19,9 @@ from drafter.errors import UsageError
 from engines.base import (
     DEFAULT_DRAWN_TREE,
     DEFAULT_TREE,
-    INT8_GRAPHS,
     KIND,
     MEND,
+    PRECISIONS,
     Engine,
     EngineManifest,
     EngineSet,
@@ -75,9 +75,7 @@ def _open_torch(manifest: EngineManifest, threads: int) -> dict[GraphName, Engin
 
 
 BACKENDS: dict[str, Backend] = {
-    "onnxruntime": Backend(
-        tuple(INT8_GRAPHS), "onnxruntime", _build_onnxruntime, _open_onnxruntime
-    ),
+    "onnxruntime": Backend(tuple(PRECISIONS), "onnxruntime", _build_onnxruntime, _open_onnxruntime),
     "torch": Backend(("fp32",), "torch", _build_torch, _open_torch),
 }
 

@@ -24,12 +24,25 @@ from export.contract import GRAPHS, GraphName
 
 KIND = "engine"
 MEND = "pipeline build-engine"
-# Which graphs have int8 weights. The drafter alone may: that changes how often a guess is right,
-# never the text, which only the target decides.
-INT8_GRAPHS: dict[str, tuple[GraphName, ...]] = {
-    "fp32": (),
-    "int8-drafter": ("drafter_extend", "drafter_step"),
-    "int8": GRAPHS,
+DRAFTER_GRAPHS: tuple[GraphName, ...] = ("drafter_extend", "drafter_step")
+PREVIEW = "head.up.weight"  # the large factor of a low-rank head, as graphs call it
+
+
+class Int8(NamedTuple):
+    """Which graphs have int8 weights, and which weights of them: None for all."""
+
+    graphs: tuple[GraphName, ...] = ()
+    only: str | None = None
+
+
+# The drafter alone may be int8: that changes how often a guess is right, never the text, which only
+# the target decides. Its head's preview alone, where a rescored head reads most of its weights,
+# changes hardly a guess.
+PRECISIONS: dict[str, Int8] = {
+    "fp32": Int8(),
+    "int8-preview": Int8(DRAFTER_GRAPHS, only=PREVIEW),
+    "int8-drafter": Int8(DRAFTER_GRAPHS),
+    "int8": Int8(GRAPHS),
 }
 Tree = dict[str, int | float]  # the fields of `runtime.tree.TreeConfig`
 DEFAULT_TREE: Tree = {

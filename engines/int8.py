@@ -42,19 +42,22 @@ def quantise_dequantise(weight: Tensor) -> Tensor:
     return torch.from_numpy(values.reshape(weight.shape[0], -1)[:, : weight.shape[1]].copy())
 
 
-def quantise(model: ir.Model) -> None:
-    """Replace every product with a constant matrix, in place; matrices nothing else uses are
-    dropped.
+def quantise(model: ir.Model, only: str | None = None) -> int:
+    """Replace every product with a constant matrix (or with the one called `only`), in place;
+    matrices nothing else uses are dropped. Returns how many products were replaced.
     """
     model.graph.opset_imports[_DOMAIN] = 1
     made: dict[str, tuple[ir.Value, ir.Value]] = {}  # by the name of the matrix they replace
+    count = 0
     for node in list(model.graph):
         matrix = _constant_matrix(node)
-        if matrix is not None:
+        if matrix is not None and only in (None, matrix.name):
             _replace(model.graph, node, matrix, made)
+            count += 1
     for name, value in list(model.graph.initializers.items()):
         if not value.uses():
             del model.graph.initializers[name]
+    return count
 
 
 def _constant_matrix(node: ir.Node) -> ir.Value | None:

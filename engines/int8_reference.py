@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from drafter.heads.dense import DenseHead, TargetHead
+from drafter.heads.low_rank import LowRankHead
+from drafter.heads.truncated import TruncatedHead
 from engines.int8 import BLOCK, quantise_dequantise
 
 
@@ -39,15 +41,23 @@ def round_in_blocks(x: Tensor) -> Tensor:
     return rounded
 
 
-def replace_linears(module: nn.Module) -> None:
-    """Replace every linear layer, and the matrix of a dense head, in place."""
+def replace_linears(module: nn.Module, preview_only: bool = False) -> None:
+    """Replace every linear layer, and the matrix of a dense head, in place; with `preview_only` the
+    large factor of a low-rank head alone.
+    """
     for name, child in module.named_children():
-        if isinstance(child, nn.Linear):
+        if preview_only:
+            if isinstance(child, LowRankHead):
+                setattr(child, "up", Int8Linear(child.up.weight))  # noqa: B010 - a Linear so far
+        elif isinstance(child, nn.Linear):
             setattr(module, name, Int8Linear(child.weight, child.bias))
         elif isinstance(child, DenseHead | TargetHead):
             weight = child.weight if isinstance(child, DenseHead) else child.target_rows[0]
             child.rounded = Int8Linear(weight)
             child.scores = child.rounded.forward  # type: ignore[method-assign, assignment]
+        elif isinstance(child, TruncatedHead):
+            child.rounded = Int8Linear(child.weight)
+            child.drafted = child.rounded.forward  # type: ignore[method-assign, assignment]
         else:
             replace_linears(child)
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import onnx_ir as ir
 import onnxruntime as ort
 
-from engines.base import INT8_GRAPHS
+from drafter.errors import UsageError
+from engines.base import PRECISIONS
 from engines.int8 import quantise
 from engines.onnxruntime import open_session, session_options
 from export.contract import GRAPHS
@@ -25,11 +26,17 @@ _SCRATCH = "optimised"
 def build_graphs(export_folder: Path, out: Path, precision: str) -> None:
     """Write the three optimised graphs and their weight file into `out`, an empty folder.
 
-    Raises UsageError when a graph cannot be loaded.
+    Raises UsageError when a graph cannot be loaded, or has no matrix that the precision names.
     """
     models = {graph: optimised(export_folder / f"{graph}.onnx", out) for graph in GRAPHS}
-    for graph in INT8_GRAPHS[precision]:
-        quantise(models[graph])
+    chosen = PRECISIONS[precision]
+    for graph in chosen.graphs:
+        if not quantise(models[graph], chosen.only):
+            raise UsageError(
+                f"precision '{precision}' rounds {chosen.only}, but graph '{graph}' of "
+                f"{export_folder} has no such matrix: its drafter has no low-rank head; choose "
+                "another --precision."
+            )
     weights = WeightFile(out / WEIGHTS)
     for graph, model in models.items():
         save_graph(model, out / f"{graph}.onnx", weights)

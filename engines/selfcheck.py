@@ -15,7 +15,7 @@ from torch import nn
 from drafter.decoder import TargetDecoder
 from drafter.eagle3 import Drafter
 from drafter.errors import CheckFailed
-from engines.base import INT8_GRAPHS, Engine, EngineManifest
+from engines.base import PRECISIONS, PREVIEW, Engine, EngineManifest
 from engines.cases import BATCHES, make_cases
 from engines.parity import EXACT, ROUNDED, Comparison, Tolerance, compare
 from engines.torch_backend import torch_engines
@@ -54,7 +54,7 @@ def comparands(
 
     For int8 graphs the linear layers of `decoder` and `drafter` are replaced for good.
     """
-    rounded = INT8_GRAPHS[manifest.precision]
+    rounded = PRECISIONS[manifest.precision].graphs
     built = open_as_built()
     exact = {graph: engine for graph, engine in built.items() if graph not in rounded}
     candidates = {**(exported or {}), **({"engine": exact} if exact else {})}
@@ -72,8 +72,9 @@ def _int8_comparands(
     from engines.int8_reference import replace_linears, round_activations
     from engines.onnxruntime import open_with_float_activations
 
+    preview = PRECISIONS[manifest.precision].only == PREVIEW
     for module in modules:
-        replace_linears(module)
+        replace_linears(module, preview)
         round_activations(module, False)
     unrounded = open_with_float_activations(manifest, tuple(as_built))
     yield Comparand(

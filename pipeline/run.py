@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from drafter.errors import CheckFailed
 from drafter.sources import TargetFolder
-from engines.base import INT8_GRAPHS
+from engines.base import PRECISIONS
 from pipeline.config import SMOKE_TOKENS, RunOptions
 from pipeline.evaluate import Pair, evaluate, summarise
 from pipeline.machine import machine, peak_rss_mb, versions
@@ -119,7 +119,7 @@ def check_identical(decode: DecodeReport, precision: str, temperature: float) ->
     Sampled texts always differ, and an int8 target rounds differently for one token than for
     several, so there the count is a figure and no verdict.
     """
-    exact = temperature == 0 and "target" not in INT8_GRAPHS[precision]
+    exact = temperature == 0 and "target" not in PRECISIONS[precision].graphs
     if exact and decode.identical < decode.prompts:
         raise CheckFailed(
             f"{decode.prompts - decode.identical} of {decode.prompts} speculative texts differ "

@@ -42,8 +42,12 @@ class TruncatedHead(nn.Module):
         """Which vocabulary rows [C] can be drafted: bool [C]."""
         return torch.isin(rows, self.draft_ids)
 
+    def drafted(self, h: Tensor) -> Tensor:
+        """Scores of what can be drafted: [..., H] -> [..., Vd]."""
+        return F.linear(h, self.weight)
+
     def scores(self, h: Tensor) -> Tensor:
-        z = F.linear(h, self.weight)  # [..., Vd]
+        z = self.drafted(h)
         full = z.new_full((*z.shape[:-1], self.vocab_size), float("-inf"))
         return full.index_copy(-1, self.draft_ids, z)
 
@@ -56,5 +60,5 @@ class TruncatedHead(nn.Module):
 
     def top_k(self, h: Tensor, k: int) -> HeadOutput:
         """Ties go to the lower id: `draft_ids` rise, so to the lower place."""
-        best = top_k_of_scores(F.linear(h, self.weight).float(), k)
+        best = top_k_of_scores(self.drafted(h), k)
         return best._replace(ids=self.draft_ids[best.ids])

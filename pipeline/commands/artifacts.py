@@ -158,6 +158,7 @@ def build_engine(
     Examples:
       pipeline build-engine
       pipeline build-engine --precision int8
+      pipeline build-engine --precision int8-preview --out ./engine
       pipeline build-engine --export ./export --backend torch --out ./engine
     """
     from pipeline.stages import build_stage

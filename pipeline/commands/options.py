@@ -64,7 +64,7 @@ Precision = Annotated[
     str | None,
     option(
         "--precision",
-        help="Weights: fp32, int8-drafter (the text stays that of fp32) or int8.",
+        help="Weights: fp32; int8-preview or int8-drafter (the text stays that of fp32); int8.",
         default=default(BuildOptions, "precision"),
     ),
 ]

@@ -14,12 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
-from engines import open_engines
+from drafter.errors import UsageError
+from engines import build_engines, open_engines
 from engines.int8 import BLOCK, quantise_dequantise, quantise_matrix
 from engines.int8_reference import Int8Linear, replace_linears, round_activations, round_in_blocks
 from engines.onnxruntime_build import build_graphs
 from engines.torch_backend import torch_engines
+from export.model import export_model
 from tests.engines.conftest import Source
+from tests.tiny_families import write_pair
 
 
 def matrix(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -131,11 +134,31 @@ def test_the_drafter_alone_can_be_int8(source: Source, tmp_path: Path) -> None:
     assert kinds == {"target": False, "drafter_extend": True, "drafter_step": True}
 
 
-@pytest.mark.parametrize("head", ["dense", "target", "low_rank"])
+def test_the_preview_alone_can_be_int8(source: Source, tmp_path: Path) -> None:
+    """One product in each drafter graph; the self-check has compared them with PyTorch."""
+    build_engines(source.export, tmp_path / "engine", precision="int8-preview", threads=1)
+    for graph, products in (("target", 0), ("drafter_extend", 1), ("drafter_step", 1)):
+        nodes = ir.load(tmp_path / "engine" / f"{graph}.onnx").graph
+        found = [node for node in nodes if node.op_type == "MatMulNBits"]
+        assert [node.inputs[1].name for node in found] == ["head.up.weight.int8"] * products
+    assert open_engines(tmp_path / "engine", threads=1).manifest.precision == "int8-preview"
+
+
+def test_a_head_without_a_preview_is_refused(tmp_path: Path) -> None:
+    pair = write_pair(tmp_path, "llama", tied=True, layers=3, head="dense")
+    export_model(pair.target, pair.drafter, tmp_path / "export")
+    with pytest.raises(UsageError, match="its drafter has no low-rank head"):
+        build_engines(tmp_path / "export", tmp_path / "engine", precision="int8-preview", threads=1)
+    assert not (tmp_path / "engine").exists()
+
+
+@pytest.mark.parametrize("head", ["dense", "target", "low_rank", "truncated"])
 def test_the_reference_replaces_every_kind_of_head(source: Source, head: str) -> None:
     from tests.tiny_drafter import tiny_drafter
 
-    drafter = tiny_drafter(source.target, head=head)
+    vocab = source.target.config.vocab_size
+    size = vocab if head == "truncated" else None  # all of it, so that no score is -inf
+    drafter = tiny_drafter(source.target, head=head, draft_vocab_size=size)
     h = matrix(3, 32)
     before = drafter.lm_head.scores(h)  # type: ignore[operator]
     replace_linears(drafter)

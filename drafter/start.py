@@ -2,8 +2,8 @@
 
 `from_target`: `fc` passes the highest tap through, attention and MLP are the target's last layer
 acting on the hidden half of the input (the embedding half starts small), and the final norm is the
-target's. The head's low-rank factors start as `activation-pca` of the target's final states, or
-`random`.
+target's. The head's low-rank factors start as `activation-pca` of the target's final states, as
+the target's `svd`, or `random`.
 """
 
 from __future__ import annotations

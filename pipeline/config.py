@@ -83,7 +83,7 @@ class DrafterOptions(_Options):
     rescore: int = Field(128, ge=0)
     draft_vocab: int | None = Field(None, ge=1)
     draft_vocab_from: Literal["corpus", "answers"] = "answers"
-    head_init: Literal["activation-pca", "random"] = "activation-pca"
+    head_init: Literal["activation-pca", "random", "svd"] = "activation-pca"
     from_target: bool = True
     taps: tuple[int, ...] | None = None
 

@@ -90,8 +90,19 @@ def activation_pca(states: Tensor, rank: int) -> Tensor:
     return down
 
 
+def singular_directions(target_rows: Tensor, rank: int) -> Tensor:
+    """W_down [r, H] of the best rank-r approximation of W [V, H] by itself: its top right singular
+    vectors, which are W^T W's eigenvectors. Blind to which directions states use.
+    """
+    rows = target_rows.double()
+    _, vectors = torch.linalg.eigh(rows.T @ rows)  # ascending
+    down: Tensor = vectors[:, -rank:].flip(1).T.contiguous().float()
+    return down
+
+
 def initialise(head: LowRankHead, kind: str, target_rows: Tensor, states: Tensor | None) -> None:
-    """Set the factors in place: `random` (scaled normal) or `activation-pca` (needs states [N, H]).
+    """Set the factors in place: `random` (scaled normal), `activation-pca` (needs states [N, H]) or
+    `svd` of the target's rows.
 
     Raises UsageError for an unknown kind or missing states.
     """
@@ -99,14 +110,18 @@ def initialise(head: LowRankHead, kind: str, target_rows: Tensor, states: Tensor
         nn.init.normal_(head.down.weight, std=head.down.in_features**-0.5)
         nn.init.normal_(head.up.weight, std=0.02)
         return
-    if kind != "activation-pca":
+    if kind not in ("activation-pca", "svd"):
         raise UsageError(
-            f"Head initialisation {kind!r} is unknown; use 'random' or 'activation-pca'."
+            f"Head initialisation {kind!r} is unknown; use 'random', 'activation-pca' or 'svd'."
         )
-    if states is None:
+    rank = head.down.out_features
+    if kind == "svd":
+        down = singular_directions(target_rows, rank)
+    elif states is None:
         raise UsageError(
             "Head initialisation 'activation-pca' needs drafter states; capture a corpus first."
         )
-    down = activation_pca(states, head.down.out_features)
+    else:
+        down = activation_pca(states, rank)
     head.down.weight.data.copy_(down)
     head.up.weight.data.copy_(target_rows.float() @ down.T)

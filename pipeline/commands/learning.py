@@ -144,7 +144,7 @@ def train(
         str | None,
         o.option(
             "--head-init",
-            help="activation-pca or random.",
+            help="activation-pca, svd or random.",
             default=default(DrafterOptions, "head_init"),
         ),
     ] = None,

@@ -51,6 +51,16 @@ def test_pca_keeps_the_directions_the_states_use() -> None:
 
 
 @torch.no_grad()
+def test_svd_factors_are_the_nearest_matrix_of_their_rank() -> None:
+    """Eckart and Young: what is missing has the norm of the singular values left out."""
+    head = low_rank(rank=8)
+    initialise(head, "svd", ROWS, None)
+    missing = (ROWS - head.up.weight @ head.down.weight).square().sum()
+    left_out = torch.linalg.svdvals(ROWS)[8:].square().sum()
+    torch.testing.assert_close(missing, left_out, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
 def test_rescoring_every_candidate_is_the_dense_head() -> None:
     head = low_rank(rank=8, rescore=VOCAB)
     initialise(head, "random", ROWS, None)
@@ -125,8 +135,8 @@ def test_equal_scores_come_in_order_of_their_ids(values: list[float], k: int) ->
 def test_unknown_heads_and_starts_are_refused() -> None:
     with pytest.raises(UsageError, match="Head 'sparse' is unknown"):
         build_head(drafter_config_for(TARGET.config, top_k=6, head="sparse"), ROWS)
-    with pytest.raises(UsageError, match="'svd' is unknown"):
-        initialise(low_rank(), "svd", ROWS, None)
+    with pytest.raises(UsageError, match="'qr' is unknown"):
+        initialise(low_rank(), "qr", ROWS, None)
     with pytest.raises(UsageError, match="needs drafter states"):
         initialise(low_rank(), "activation-pca", ROWS, None)
     with pytest.raises(UsageError, match="at least 8 states; got 3"):

@@ -133,7 +133,8 @@ def chunked_loss(
     return value, alphas
 
 
-def _parts(count: int, chunk: int) -> list[slice]:
+def parts(count: int, chunk: int) -> list[slice]:
+    """Row ranges of at most `chunk`."""
     return [slice(i, min(i + chunk, count)) for i in range(0, count, chunk)]
 
 
@@ -143,7 +144,7 @@ def _alpha_sums(
 ) -> list[float]:
     """Sum of alpha over the N rows for every draft step."""
     sums = [0.0] * len(scores)
-    for part in _parts(len(teacher_scores), chunk):
+    for part in parts(len(teacher_scores), chunk):
         log_p = log_law(teacher_scores[part], log_weight)
         for k, z in enumerate(scores):
             sums[k] += float(alpha(log_p, log_law(z[part], log_weight)).sum())
@@ -172,7 +173,7 @@ class _ChunkedLoss(torch.autograd.Function):
         loss = objective.loss
         gradients = [torch.empty_like(z) for z in scores]
         total = 0.0
-        for part in _parts(len(teacher_scores), chunk):
+        for part in parts(len(teacher_scores), chunk):
             log_p = log_law(teacher_scores[part], log_weight)  # [n, C]
             first = Laws.of(log_p, log_p, kept)
             laws = [first.against(log_law(z[part], log_weight)) for z in scores]

@@ -8,7 +8,7 @@ Inputs are `log_p`, `log_q` [N, V], each normalised; values are per row, [N]. LK
     LK alpha = -log alpha
 Each loss has a readable form (differentiated by autograd, the reference) and its gradient with
 respect to q's scores in closed form:
-    KL and CE: q - p        TV: 1/2 q (s - E_q[s]), s = sign(q - p)        -log alpha: TV's / alpha
+    KL and CE: q - p        TV: q (E_q[b] - b), b = 1 where q < p          -log alpha: TV's / alpha
     KL(q||p): q (d - E_q[d]), d = log q - log p
 """
 
@@ -105,9 +105,11 @@ def reverse_kl_gradient(laws: Laws) -> Tensor:
 
 
 def total_variation_gradient(laws: Laws) -> Tensor:
-    """d TV(p, q) / d scores of q: [N, V]."""
-    s = (laws.q - laws.p).sign_()
-    return (s - (laws.q * s).sum(-1, keepdim=True)).mul_(laws.q).mul_(0.5)
+    """d TV(p, q) / d scores of q: [N, V]. Written with what of q is below p, not with signs: where
+    that is little, 1 minus nearly 1 would lose it.
+    """
+    below = (laws.q - laws.p).sign_().sub_(1).mul_(-0.5)  # 1 where q < p, 1/2 on a tie
+    return ((laws.q * below).sum(-1, keepdim=True) - below).mul_(laws.q)
 
 
 def negative_log_alpha_gradient(laws: Laws) -> Tensor:

@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,11 +32,14 @@ from drafter.errors import UsageError
 from drafter.head_loss import STEP_WEIGHTS, Objective, chunked_loss
 from drafter.heads.low_rank import LowRankHead
 from drafter.heads.truncated import TruncatedHead
+from drafter.lean_loss import Score, Scoring, lean_loss
 from drafter.losses import LOSSES
 from drafter.parallel import ALONE, Share
 from drafter.row_sample import Rows, all_rows, sample_rows
 from drafter.run_state import held_interrupt, load_state, save_state
 from drafter.unroll import unroll
+
+_Loss = tuple[Tensor, list[float]]
 
 
 class TrainConfig(BaseModel):
@@ -230,22 +234,30 @@ def batch_loss(
     kind = torch.bfloat16 if config.precision == "bf16" else torch.float32
     drafted, teacher = _draft(drafter, documents, config, kind)
     target_rows = drafter.target_rows[0][rows.ids].to(kind)  # [C, Ht]
-    teacher_scores = F.linear(teacher.to(kind), target_rows)  # [N, C]
     weights = STEP_WEIGHTS[config.step_weights](config.draft_steps, config.decay)
-    head = drafter.lm_head
+    head, teacher = drafter.lm_head, teacher.to(kind)
+    kept = head.kept(rows.ids) if isinstance(head, TruncatedHead) else None
+    whole = not config.sampled_rows
+
+    def loss_of(name: str, inputs: list[Tensor], score: Score, used: list[Tensor]) -> _Loss:
+        objective = Objective(LOSSES[name], weights)
+        if whole:  # the scores of all rows would fill the memory
+            teach = partial(F.linear, weight=target_rows)
+            scoring = Scoring(score, teach, used, rows.log_weight, kept)
+            return lean_loss(inputs, teacher, scoring, objective, share=share)
+        scores = [score(h) for h in inputs]  # K times [N, C]
+        given = F.linear(teacher, target_rows)  # [N, C]
+        return chunked_loss(scores, given, rows.log_weight, objective, share=share, kept=kept)
+
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=kind is torch.bfloat16):
-        scores = [head.row_scores(h, rows.ids) for h in drafted]  # type: ignore[operator]  # K times [N, C]
-        objective = Objective(LOSSES[config.loss], weights)
-        kept = head.kept(rows.ids) if isinstance(head, TruncatedHead) else None
-        loss, alphas = chunked_loss(
-            scores, teacher_scores, rows.log_weight, objective, share=share, kept=kept
-        )
+        rescored = isinstance(head, LowRankHead) and head.rescore > 0
+        row_scores: Score = partial(head.row_scores, rows=rows.ids)  # type: ignore[operator, arg-type, misc]
+        used: list[Tensor] = [] if rescored else [*head.parameters()]
+        loss, alphas = loss_of(config.loss, drafted, row_scores, used)
         if isinstance(head, LowRankHead) and head.rescore:
-            previews = [head.preview_rows(h.detach(), rows.ids) for h in drafted]
-            objective = Objective(LOSSES["kl"], weights)
-            extra, _ = chunked_loss(
-                previews, teacher_scores, rows.log_weight, objective, share=share
-            )
+            previews = partial(head.preview_rows, rows=rows.ids)
+            detached = [h.detach() for h in drafted]
+            extra, _ = loss_of("kl", detached, previews, [*head.parameters()])
             loss = loss + extra
     return loss, alphas
 

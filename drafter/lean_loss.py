@@ -1,0 +1,137 @@
+"""The loss of K draft steps from what the head reads, without the scores of all rows at once.
+
+`chunked_loss` is given K tensors of scores [N, C]; over a whole vocabulary these, their gradients
+and the teacher's scores are the memory of a training step. Here a chunk's scores are made, its
+gradients taken and passed back through the head, and forgotten. The teacher's scores are made anew
+from its states, once a chunk for all K steps. Value, gradients and alphas are those of
+`head_loss.eager_loss`; a loss that depends on the mean alpha makes the scores twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from drafter.head_loss import Objective, log_law, parts
+from drafter.losses import Laws, alpha
+from drafter.parallel import ALONE, Share
+
+Score = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """`drafter`: what the head reads [n, H] -> scores [n, C], by way of `parameters`, those that
+    are trained and used; `teacher`: the target's states [n, Ht] -> scores [n, C]. `log_weight` [C]
+    and `kept` [C] as in `head_loss`.
+    """
+
+    drafter: Score
+    teacher: Score
+    parameters: Sequence[Tensor]
+    log_weight: Tensor
+    kept: Tensor | None = None
+
+    def laws(self, inputs: Sequence[Tensor], teacher: Tensor) -> tuple[list[Tensor], list[Laws]]:
+        """Scores (with a graph, where gradients are on) and laws of a few rows, per draft step."""
+        scores = [self.drafter(h) for h in inputs]
+        with torch.no_grad():
+            log_p = log_law(self.teacher(teacher), self.log_weight)
+            first = Laws.of(log_p, log_p, self.kept)
+            return scores, [first.against(log_law(z, self.log_weight)) for z in scores]
+
+
+def lean_loss(
+    inputs: Sequence[Tensor],
+    teacher: Tensor,
+    scoring: Scoring,
+    objective: Objective,
+    chunk: int = 64,
+    share: Share = ALONE,
+) -> tuple[Tensor, list[float]]:
+    """K head inputs [N, H] and teacher states [N, Ht] -> the loss and the K mean alphas.
+
+    With a `share` of several, as in `chunked_loss`.
+    """
+    (count,) = share.sums([len(teacher)])
+    alphas = [0.0] * len(inputs)
+    if objective.loss.uses_alpha:
+        sums = share.sums(_alpha_sums(inputs, teacher, scoring, chunk))
+        alphas = [total / max(count, 1) for total in sums]
+    found = [0.0] * len(inputs)
+    value: Tensor = _LeanLoss.apply(
+        alphas, found, count, teacher, scoring, objective, chunk, *scoring.parameters, *inputs
+    )  # type: ignore[no-untyped-call]
+    if not objective.loss.uses_alpha:
+        alphas = [total / max(count, 1) for total in share.sums(found)]
+    return value, alphas
+
+
+@torch.no_grad()
+def _alpha_sums(
+    inputs: Sequence[Tensor], teacher: Tensor, scoring: Scoring, chunk: int
+) -> list[float]:
+    sums = [0.0] * len(inputs)
+    for part in parts(len(teacher), chunk):
+        _, laws = scoring.laws([h[part] for h in inputs], teacher[part])
+        for k, law in enumerate(laws):
+            sums[k] += float(alpha(law.log_p, law.log_q).sum())
+    return sums
+
+
+class _LeanLoss(torch.autograd.Function):
+    """Takes all gradients in the forward pass, chunk by chunk; backward only scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        alphas: list[float],
+        found: list[float],
+        count: float,
+        teacher: Tensor,
+        scoring: Scoring,
+        objective: Objective,
+        chunk: int,
+        *tensors: Tensor,
+    ) -> Tensor:
+        parameters, inputs = tensors[: len(scoring.parameters)], tensors[len(scoring.parameters) :]
+        sums = [torch.zeros_like(p) for p in parameters]
+        gradients = [torch.zeros_like(h) for h in inputs]
+        total = 0.0
+        for part in parts(len(teacher), chunk):
+            leaves = [h[part].detach().requires_grad_() for h in inputs]
+            with torch.enable_grad():
+                scores, laws = scoring.laws(leaves, teacher[part])
+            value, outer = _chunk(laws, objective, count, alphas, found)
+            total += value
+            outer = [g.to(z.dtype) for g, z in zip(outer, scores, strict=True)]
+            made = torch.autograd.grad(scores, [*leaves, *scoring.parameters], outer)
+            for gradient, new in zip(gradients, made[: len(leaves)], strict=True):
+                gradient[part] = new
+            for gradient, new in zip(sums, made[len(leaves) :], strict=True):
+                gradient.add_(new)
+        ctx.save_for_backward(*sums, *gradients)
+        return torch.tensor(total)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (scale,) = grad_outputs
+        return (*[None] * 7, *(g * scale.to(g.dtype) for g in ctx.saved_tensors))
+
+
+def _chunk(
+    laws: list[Laws], objective: Objective, count: float, alphas: list[float], found: list[float]
+) -> tuple[float, list[Tensor]]:
+    """A chunk's part of the loss, and its gradients with respect to the scores; adds up alpha."""
+    loss, total, outer = objective.loss, 0.0, []
+    for k, (law, weight) in enumerate(zip(laws, objective.step_weights.of(laws), strict=True)):
+        share = weight / count  # a number or [n]
+        total += float((share * loss.value(law, alphas[k])).sum())
+        row = share[:, None] if isinstance(share, Tensor) else share
+        outer.append(loss.gradient(law, alphas[k]).mul_(row))
+        found[k] += float(torch.minimum(law.p, law.q).sum())
+    return total, outer

@@ -41,7 +41,9 @@ class StepWeights:
         """The weight of every step at n positions (no gradient): K times [n], or a number."""
         if self.floor is None:
             return list(self.by_step)
-        entropies = torch.stack([cross_entropy(law.log_r, law.log_q) for law in laws])  # [K, n]
+        entropies = torch.stack(
+            [cross_entropy(law.log_r, law.log_q, law.log_weight) for law in laws]
+        )  # [K, n]
         factors = pace(entropies.detach(), self.floor)
         return [weight * factor for weight, factor in zip(self.by_step, factors, strict=True)]
 
@@ -97,7 +99,7 @@ def eager_loss(
     alphas. `kept` bool [C]: the columns that can be drafted, None: all; the others score -inf.
     """
     log_p = log_law(teacher_scores, log_weight)
-    laws = [Laws.of(log_p, log_law(z, log_weight), kept) for z in scores]
+    laws = [Laws.of(log_p, log_law(z, log_weight), kept, log_weight) for z in scores]
     alphas = [float(alpha(log_p, law.log_q.detach()).mean()) for law in laws]
     total = torch.zeros(())
     for law, mean, weight in zip(laws, alphas, objective.step_weights.of(laws), strict=True):
@@ -175,7 +177,7 @@ class _ChunkedLoss(torch.autograd.Function):
         total = 0.0
         for part in parts(len(teacher_scores), chunk):
             log_p = log_law(teacher_scores[part], log_weight)  # [n, C]
-            first = Laws.of(log_p, log_p, kept)
+            first = Laws.of(log_p, log_p, kept, log_weight)
             laws = [first.against(log_law(z[part], log_weight)) for z in scores]
             for k, (law, weight) in enumerate(
                 zip(laws, objective.step_weights.of(laws), strict=True)

@@ -41,7 +41,7 @@ class Scoring:
         scores = [self.drafter(h) for h in inputs]
         with torch.no_grad():
             log_p = log_law(self.teacher(teacher), self.log_weight)
-            first = Laws.of(log_p, log_p, self.kept)
+            first = Laws.of(log_p, log_p, self.kept, self.log_weight)
             return scores, [first.against(log_law(z, self.log_weight)) for z in scores]
 
 

@@ -30,6 +30,9 @@ LEAST_LOG_P = -30.0  # what KL(q||p) takes for the log of a probability of 0
 class Laws(NamedTuple):
     """Both laws and their logarithms, [N, V] each: gradients need all of them.
 
+    Where the columns are a sample of the vocabulary (`drafter.row_sample`), each is the mass of all
+    the rows it stands for, e^`log_weight` [V] of them; 0.0: of itself alone.
+
     `log_r`, `r`: p renormalised on what q can say, which is p itself for a full vocabulary. KL and
     CE are taken against r; TV and alpha against p: a token that cannot be drafted is not accepted.
     """
@@ -40,15 +43,22 @@ class Laws(NamedTuple):
     q: Tensor
     log_r: Tensor
     r: Tensor
+    log_weight: Tensor | float = 0.0
 
     @classmethod
-    def of(cls, log_p: Tensor, log_q: Tensor, kept: Tensor | None = None) -> Laws:
+    def of(
+        cls,
+        log_p: Tensor,
+        log_q: Tensor,
+        kept: Tensor | None = None,
+        log_weight: Tensor | float = 0.0,
+    ) -> Laws:
         """All of them from the two; `kept` [V] says what can be drafted, None: everything."""
         p = log_p.exp()
         if kept is None:
-            return cls(log_p, log_q, p, log_q.exp(), log_p, p)
+            return cls(log_p, log_q, p, log_q.exp(), log_p, p, log_weight)
         log_r = log_p.masked_fill(~kept, float("-inf")).log_softmax(-1)
-        return cls(log_p, log_q, p, log_q.exp(), log_r, log_r.exp())
+        return cls(log_p, log_q, p, log_q.exp(), log_r, log_r.exp(), log_weight)
 
     def against(self, log_q: Tensor) -> Laws:
         """The same p with another q."""
@@ -73,10 +83,13 @@ def reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (q * (finite - log_p.clamp(min=LEAST_LOG_P))).sum(-1)
 
 
-def cross_entropy(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """-sum p log q: [N]. KL(p || q) plus the target's entropy: another value, the same gradient."""
+def cross_entropy(log_p: Tensor, log_q: Tensor, log_weight: Tensor | float = 0.0) -> Tensor:
+    """-sum p log q: [N]. KL(p || q) plus the target's entropy: another value, the same gradient.
+
+    Not of masses but of each row's own q: `log_weight` (see `Laws`) cancels in the other losses.
+    """
     p = log_p.exp()
-    return -torch.where(p > 0, p * log_q, torch.zeros_like(p)).sum(-1)
+    return -torch.where(p > 0, p * (log_q - log_weight), torch.zeros_like(p)).sum(-1)
 
 
 def total_variation(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -166,6 +179,9 @@ LOSSES: dict[str, Loss] = {
     "lk_hybrid": Loss(_lk_hybrid, _lk_hybrid_gradient, uses_alpha=True),
     "lk_alpha": _against_p(negative_log_alpha, negative_log_alpha_gradient),
     "tv": _against_p(total_variation, total_variation_gradient),
-    "ce": _against_r(cross_entropy, kl_gradient),
+    "ce": Loss(
+        lambda laws, _: cross_entropy(laws.log_r, laws.log_q, laws.log_weight),
+        lambda laws, _: kl_gradient(laws),
+    ),
     "reverse_kl": _against_r(reverse_kl, reverse_kl_gradient),
 }

@@ -63,6 +63,22 @@ class Share:
         for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
 
+    def agree(self, model: nn.Module, step: int) -> None:
+        """Give every process the first one's weights. Raises UsageError where they are not at the
+        same step, as when they do not see the same run folder.
+        """
+        if self.count == 1:
+            return
+        (total,) = self.sums([step])
+        if total != step * self.count:
+            raise UsageError(
+                f"process {self.rank} is at step {step}, others are not; all of them need the same "
+                "--run folder on a shared file system."
+            )
+        with torch.no_grad():
+            for tensor in model.state_dict().values():
+                dist.broadcast(tensor, src=0)
+
     @contextmanager
     def in_turn(self) -> Iterator[None]:
         """The first process goes ahead; the others follow when it is done, and find it done."""
@@ -88,6 +104,9 @@ def joined() -> Iterator[Share]:
     if not given.isdecimal() or int(given) < 1:
         raise UsageError(f"WORLD_SIZE is '{given}'; it must be a whole number >= 1.")
     count = int(given)
+    rank = os.environ.get("RANK", "0")
+    if not rank.isdecimal() or int(rank) >= count:
+        raise UsageError(f"RANK is '{rank}'; it must be a whole number below WORLD_SIZE, {count}.")
     if count == 1:
         yield ALONE
         return

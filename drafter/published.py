@@ -7,6 +7,7 @@ original forward is read; what its variants are called is in `VARIANTS`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from drafter.families import read_rope
 from drafter.vocabulary import check_draft_ids
 
 # Variants of the forward that `drafter.eagle3` does not compute, as published configs name them.
+_MAPS = ("d2t", "t2d")
 VARIANTS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 
 
@@ -33,16 +35,13 @@ def read_eagle3(folder: Path, target: TargetDecoder, tap_ids: str | None) -> Dra
     compute, a foreign embedding, or weights that do not fit.
     """
     found = read_json(folder / "config.json")
-    layer = found.get("transformer_layer_config", found)
-    for variant in VARIANTS:
-        if found.get(variant):
-            raise UsageError(
-                f"{folder}: its config sets {variant}, a variant of EAGLE-3 that this version does "
-                "not compute; only the original form can be read."
-            )
+    layer = _object(found, "transformer_layer_config", folder) or found
+    _check_form((found, layer, _object(found, "eagle_config", folder)), folder)
     tensors = _own_names(dict(read_tensors(folder)))
+    if whole := [n for n, t in tensors.items() if n not in _MAPS and not t.is_floating_point()]:
+        raise UsageError(f"{folder}: {whole[0]} is {tensors[whole[0]].dtype}, not floating point.")
     _drop_embedding(tensors, target, folder)
-    ids = _draft_ids(tensors, target.config.vocab_size)
+    ids = _draft_ids(tensors, target.config.vocab_size, folder)
     taps = _taps(found, target.config, tap_ids, folder)
     config = _native_config(layer, tensors, ids, taps, target.config, folder)
     model = Drafter(config, target.embed_tokens.weight, target.lm_head.weight)
@@ -51,6 +50,26 @@ def read_eagle3(folder: Path, target: TargetDecoder, tap_ids: str | None) -> Dra
         tensors["lm_head.draft_ids"] = ids
     fill(model, tensors, folder)
     return model.eval()
+
+
+def _object(config: dict[str, Any], name: str, where: Path) -> dict[str, Any]:
+    """A nested object of a config; {} where it is not there."""
+    value = config.get(name)
+    if value is not None and not isinstance(value, dict):
+        raise UsageError(f"{where}/config.json: {name} is no object.")
+    return value or {}
+
+
+def _check_form(configs: Iterable[dict[str, Any]], where: Path) -> None:
+    for config in configs:
+        for variant in VARIANTS:
+            if config.get(variant):
+                raise UsageError(
+                    f"{where}: its config sets {variant}, a variant of EAGLE-3 that this version "
+                    "does not compute; only the original form can be read."
+                )
+        if (act := config.get("hidden_act", "silu")) not in ("silu", "swish"):
+            raise UsageError(f"{where}: its config sets hidden_act to {act!r}, silu is needed.")
 
 
 def _own_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -74,12 +93,14 @@ def _drop_embedding(tensors: dict[str, Tensor], target: TargetDecoder, where: Pa
     )
 
 
-def _draft_ids(tensors: dict[str, Tensor], vocab_size: int) -> Tensor | None:
+def _draft_ids(tensors: dict[str, Tensor], vocab_size: int, where: Path) -> Tensor | None:
     """Target ids of the draft ids; None where they are the whole vocabulary in order."""
     tensors.pop("t2d", None)  # says the same as d2t
     differences = tensors.pop("d2t", None)
     if differences is None:
         return None
+    if differences.ndim != 1 or differences.is_floating_point():
+        raise UsageError(f"{where}: d2t is {differences.dtype} {list(differences.shape)}, not ids.")
     ids = torch.arange(len(differences)) + differences.long()
     return None if len(ids) == vocab_size and not differences.any() else ids
 
@@ -92,6 +113,8 @@ def _taps(
     ids = config.get(key) or (config.get("eagle_config") or {}).get(key)
     if not ids:
         return target.default_taps
+    if not isinstance(ids, list) or not all(isinstance(i, int) for i in ids):
+        raise UsageError(f"{where}/config.json: {key} is {ids!r:.80}, a list of layers is needed.")
     if "speculators_model_type" in config and tap_ids is None:
         tap_ids = "input"
     if tap_ids not in ("input", "output"):
@@ -111,8 +134,11 @@ def _native_config(
     where: Path,
 ) -> DrafterConfig:
     sizes = ("hidden_size", "intermediate_size", "num_attention_heads")
-    if missing := [name for name in sizes if not isinstance(layer.get(name), int)]:
-        raise UsageError(f"{where}/config.json: {missing[0]} is missing or no whole number.")
+    for name in sizes:
+        if not isinstance(layer.get(name), int) or layer[name] < 1:
+            raise UsageError(
+                f"{where}/config.json: {name} is {layer.get(name)!r}, a whole number is needed."
+            )
     heads = layer["num_attention_heads"]
     head = "target" if "lm_head.weight" not in tensors else "dense" if ids is None else "truncated"
     return drafter_config_for(

@@ -130,6 +130,7 @@ def train(
     )
     plan = batch_plan(config, [len(d.ids) for d in documents])
     step = load_state(run, drafter, optimizer, config.model_dump(mode="json"))
+    share.agree(drafter, step)
     if share.first:
         _forget_after(run, step)
     first, saved_at, clock, stopped = step, time.monotonic(), _Clock(), 0.0

@@ -56,15 +56,15 @@ class DecodeOptions(_Options):
 
 
 class RunOptions(BuildOptions, DecodeOptions):
-    """What `pipeline run` needs. `prompts` counts those of `prompt_set`; `prompt_file` replaces
-    them.
+    """What `pipeline run` needs. `prompts` counts those of `prompt_set`, by default MT-Bench, or a
+    few of our own for a smoke run; `prompt_file` replaces them.
     """
 
     target: str = DEFAULT_TARGET
     drafter: str | None = None
     out: Path | None = None
     prompts: int = Field(40, ge=1)
-    prompt_set: str = "mt-bench"
+    prompt_set: str | None = None
     prompt_file: Path | None = None
     smoke: bool = False
 

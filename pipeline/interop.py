@@ -84,7 +84,8 @@ def import_stage(
         }
         arguments = {"tap_ids": tap_ids}
         with write_artifact(out, DRAFTER_KIND, target.name, inputs, arguments, {}) as temporary:
-            save_drafter(drafter, temporary, drafter.fc.weight.dtype)
+            widest = max((p.dtype for p in drafter.parameters()), key=lambda kind: kind.itemsize)
+            save_drafter(drafter, temporary, widest)
     found = drafter.config
     report = artifact_report(read_artifact(out, DRAFTER_KIND, verify=False), out)
     details = {"head": found.head, "taps": found.taps, "draft_vocab_size": found.draft_vocab_size}

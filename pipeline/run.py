@@ -46,7 +46,7 @@ class Outcome:
 
 def run(options: RunOptions, offline: bool | None = None) -> Outcome:
     """Do all stages and measure. Whether the result is good is `verdict`'s business."""
-    if options.smoke:
+    if options.smoke and options.prompt_set is None:
         tokens = min(options.max_tokens, SMOKE_TOKENS)
         options = options.model_copy(update={"max_tokens": tokens})
     stages = Stages(len(STAGES))
@@ -128,12 +128,12 @@ def check_identical(decode: DecodeReport, precision: str, temperature: float) ->
 
 
 def choose_prompts(options: RunOptions, offline: bool | None = None) -> PromptSet:
-    """The prompts of a run: a file's, our own few for a smoke run, else those of a set."""
+    """The prompts of a run: a file's, a set's, else our own few for a smoke run, else MT-Bench."""
     if options.prompt_file is not None:
         return read_prompts(options.prompt_file)
     if options.smoke:
         return own_prompts(min(options.prompts, _SMOKE_PROMPTS))
-    return benchmark_prompts(options.prompt_set, options.prompts, offline=offline)
+    return benchmark_prompts(options.prompt_set or "mt-bench", options.prompts, offline=offline)
 
 
 def environment(

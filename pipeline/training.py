@@ -29,6 +29,7 @@ from drafter.artifact import (
 from drafter.config import (
     DrafterConfig,
     TargetConfig,
+    checked_drafter_config,
     default_top_k,
     drafter_config_for,
     read_drafter_config,
@@ -196,8 +197,8 @@ def _started_config(
             f"{options.target}; drop --start, or train on for its own target."
         )
     # No weight depends on how many candidates come back.
-    top_k = default_top_k(found.rescore, found.vocab_size)
-    return found.model_copy(update={"top_k": top_k})
+    top_k = default_top_k(found.rescore, found.draft_vocab_size or found.vocab_size)
+    return checked_drafter_config({**found.model_dump(), "top_k": top_k}, str(folder))
 
 
 def _corpus(options: TrainOptions, target: TargetFolder, run: Path, vocab_size: int) -> Path:

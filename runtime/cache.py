@@ -71,12 +71,13 @@ class KeyValueCache:
         """Drop `count` rows from `first` on; the later ones move up. Raises ValueError beyond what
         is there.
         """
+        if not count:
+            return
         if first < 0 or count < 0 or first + count > self.length:
             raise ValueError(f"cannot forget rows {first} to {first + count} of {self.length}")
-        if count:
-            kept = self._block[:, first + count : self.length]
-            self._block[:, first : self.length - count] = kept
-            self.length -= count
+        kept = self._block[:, first + count : self.length]
+        self._block[:, first : self.length - count] = kept
+        self.length -= count
 
     def _reserve(self, rows: int) -> None:
         if rows > self.max_length:

@@ -6,8 +6,9 @@ rotary position n-1+d. `extend` commits its slots; the rows that `step` adds liv
 `extend`, which drops them: accepted tokens are fed again with the target's own taps.
 
 The drafter's cache is a window: the first few slots and the latest ones (`Window`). A drafter that
-was trained on short texts looks no further back than it learnt to, and a long context costs it no
-more than a short one. Positions stay those of the text. What it forgets only costs guesses.
+was trained on short texts has few slots to look at that are further away than it learnt, and a long
+context costs it no more than a short one. Positions stay those of the text. What it forgets only
+costs guesses.
 """
 
 from __future__ import annotations

@@ -74,9 +74,9 @@ class Tally:
     accepted_at: list[int] = field(default_factory=list)  # [d]: rounds that accepted depth d+1
 
     def add(self, stats: RoundStats) -> None:
-        """Count one pass."""
+        """Count one pass. A prompt counts as one, however many parts it goes through in."""
         self.tokens += stats.emitted
-        self.target_passes += 1
+        self.target_passes += stats.emitted > 0 or not stats.prompt
         times = self.timings
         if stats.prompt:
             self.timings = Timings(

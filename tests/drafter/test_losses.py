@@ -17,6 +17,7 @@ from drafter.head_loss import (
     chunked_loss,
     eager_loss,
     geometric_weights,
+    log_law,
     pace,
     pace_weights,
     uniform_weights,
@@ -184,6 +185,29 @@ def test_a_sample_of_rows_estimates_the_log_sum_exp() -> None:
         assert set(certain.tolist()) <= set(rows.ids.tolist())
         sums.append((scores[rows.ids] + rows.log_weight).exp().sum())
     assert torch.stack(sums).mean() == pytest.approx(float(scores.exp().sum()), rel=0.02)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_sample_of_rows_estimates_every_loss(name: str) -> None:
+    """Averaged over draws, the loss of the weighted sample is that of the vocabulary; so are the
+    weights of d-pace, which are made of cross entropies.
+    """
+    generator = torch.Generator().manual_seed(6)
+    p = torch.randn(1, 600, generator=generator) * 3
+    q = p + torch.randn(1, 600, generator=generator)
+
+    def found(ids: torch.Tensor, log_weight: torch.Tensor) -> tuple[float, float]:
+        log_p, log_q = log_law(p[:, ids], log_weight), log_law(q[:, ids], log_weight)
+        laws = Laws.of(log_p, log_q, None, log_weight)
+        value = LOSSES[name].value(laws, 0.5)
+        return float(value), float(pace_weights(1, 0.8).of([laws])[0])
+
+    whole = found(*all_rows(600))
+    certain = p[0].topk(40).indices
+    draws = [found(*sample_rows(certain, 600, 100, generator)) for _ in range(300)]
+    for kind in range(2):
+        mean = sum(draw[kind] for draw in draws) / len(draws)
+        assert mean == pytest.approx(whole[kind], rel=0.03), kind
 
 
 def test_rows_cover_everything_when_the_sample_would() -> None:

@@ -102,6 +102,45 @@ def test_variants_that_we_do_not_compute_are_refused(variant: str, tmp_path: Pat
         read_eagle3(tmp_path, TARGET, "input")
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"eagle_config": ["x"]}, "eagle_config is no object"),
+        ({"transformer_layer_config": "llama"}, "transformer_layer_config is no object"),
+        ({"eagle_aux_hidden_state_layer_ids": 3}, "is 3, a list of layers"),
+        ({"eagle_aux_hidden_state_layer_ids": ["a"]}, "a list of layers"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({"hidden_size": -1}, "hidden_size is -1"),
+        ({"hidden_act": "gelu"}, "hidden_act to 'gelu', silu is needed"),
+        ({"eagle_config": {"norm_before_fc": True}}, "sets norm_before_fc"),
+    ],
+)
+def test_a_config_that_cannot_be_is_one_sentence(
+    change: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    published(tmp_path)
+    edit(tmp_path, lambda c, t: (c | change, t))
+    with pytest.raises(UsageError, match=words):
+        read_eagle3(tmp_path, TARGET, "input")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("fc.weight", torch.zeros(32, 96, dtype=torch.int8), "fc.weight is torch.int8"),
+        ("d2t", torch.zeros(4, 4, dtype=torch.int64), "d2t is torch.int64"),
+        ("d2t", torch.zeros(20), "d2t is torch.float32"),
+    ],
+)
+def test_tensors_that_cannot_be_are_one_sentence(
+    name: str, value: torch.Tensor, words: str, tmp_path: Path
+) -> None:
+    published(tmp_path)
+    edit(tmp_path, lambda c, t: (c, t | {name: value}))
+    with pytest.raises(UsageError, match=words):
+        read_eagle3(tmp_path, TARGET, "input")
+
+
 def test_layer_ids_without_a_convention_are_refused(tmp_path: Path) -> None:
     published(tmp_path)
     with pytest.raises(UsageError, match="say --tap-ids input"):
@@ -120,7 +159,7 @@ def test_what_belongs_to_another_target_or_is_incomplete_is_refused(tmp_path: Pa
     with pytest.raises(UsageError, match=r"Missing: fc\.weight"):
         read_eagle3(tmp_path, TARGET, "input")
     edit(tmp_path, lambda c, t: ({k: v for k, v in c.items() if k != "hidden_size"}, t))
-    with pytest.raises(UsageError, match="hidden_size is missing"):
+    with pytest.raises(UsageError, match="hidden_size is None, a whole number"):
         read_eagle3(tmp_path, TARGET, "input")
 
 

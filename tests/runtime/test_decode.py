@@ -108,6 +108,14 @@ class TestGreedy:
         assert len(next(rounds).tokens) == 1
         rounds.close()
 
+    def test_a_prompt_counts_as_one_pass_however_many_parts_it_has(self) -> None:
+        for chunk in (1, 2, 100):
+            tally = Tally()
+            passes = run(MODELS["twin", 0.0, 0], Request(PROMPT, 8, prefill_chunk=chunk))
+            for passed in passes:
+                tally.add(passed.stats)
+            assert tally.target_passes == 1 + tally.rounds
+
     def test_every_kind_of_round_occurs(self) -> None:
         """Rounds that accept nothing, a part and everything, or the tests above show little."""
         accepted = {

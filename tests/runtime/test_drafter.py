@@ -107,6 +107,7 @@ class TestWindow:
         model = tiny(5, kind="random", max_context=200)
         drafter = model.drafter
         drafter._window = window
+        self.steps = model.engines["step"].calls
         random = np.random.default_rng(0)
         for _ in range(9):
             taps = random.standard_normal((1, len(TOKENS), 48), dtype=np.float32)
@@ -133,12 +134,25 @@ class TestWindow:
         assert narrow.extend(TOKENS, taps) == wide.extend(TOKENS, taps)
 
     def test_steps_attend_what_is_left_and_their_ancestors(self) -> None:
+        """18 rows are left of 45 slots; rotary positions go on from the 45th."""
         drafter, _ = self.windowed(Window(2, 16))
-        found = drafter.step(frontier(LEVELS[0], 1))
-        again = drafter.step(frontier(LEVELS[1], 2))
-        assert len(found.tokens) == 3
-        assert len(again.tokens) == 4
+        fed = 0
+        for depth, level in enumerate(LEVELS, start=1):
+            drafter.step(frontier(level, depth))
+            call = self.steps[-1]
+            assert call["position_ids"][0].tolist() == [45 - 1 + depth] * len(level)
+            for row, node in enumerate(level):
+                seen = [*range(18), *(18 + i for i in node.ancestors), 18 + fed + row]
+                assert call["attention_mask"][0, 0, row].nonzero().flatten().tolist() == seen
+            fed += len(level)
         assert drafter.length == 45
+
+    @pytest.mark.parametrize("prompt", [1, 2, 3])
+    def test_a_prompt_shorter_than_the_sink_is_kept_whole(self, prompt: int) -> None:
+        drafter = tiny(5, kind="random").drafter
+        drafter.extend(TOKENS[:prompt], np.ones((1, prompt, 48), np.float32))
+        drafter.extend(TOKENS[:1], np.ones((1, 1, 48), np.float32))
+        assert drafter.length == prompt + 1
 
     def test_what_is_forgotten_cannot_be_gone_back_to(self) -> None:
         drafter, _ = self.windowed(Window(2, 16))

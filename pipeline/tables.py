@@ -37,9 +37,14 @@ def parity_table(rows: Sequence[ParityRow]) -> Table:
     return table
 
 
-def decode_table(report: DecodeReport, pairs: Sequence[Pair], title: str) -> Table:
-    """Plain against speculative decoding."""
-    table = _table(f"Decoding: {title}", ("", "plain", "speculative"))
+def decode_table(
+    report: DecodeReport, pairs: Sequence[Pair], title: str, temperature: float = 0.0
+) -> Table:
+    """Plain against speculative decoding. At a temperature texts are drawn: the same law, not the
+    same text.
+    """
+    shown = f"{title}, temperature {temperature:g}" if temperature else title
+    table = _table(f"Decoding: {shown}", ("", "plain", "speculative"))
     plain = [pair.plain for pair in pairs]
     fast = [pair.speculative for pair in pairs]
     table.add_row(
@@ -57,7 +62,8 @@ def decode_table(report: DecodeReport, pairs: Sequence[Pair], title: str) -> Tab
     table.add_row("accepted at depth 1, 2, ...", "", depths)
     table.add_row("target passes per token", "1.00", f"{report.target_passes_per_token:.2f}")
     table.add_row("our own code, ms per round", "", f"{report.overhead_ms_per_round:.2f}")
-    table.add_row("identical texts", "", f"{report.identical} of {report.prompts}")
+    same = "drawn, not compared" if temperature else f"{report.identical} of {report.prompts}"
+    table.add_row("identical texts", "", same)
     return table
 
 

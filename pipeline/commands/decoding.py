@@ -159,7 +159,8 @@ def evaluate(
     if as_json:
         print_json(report.to_json())
     else:
-        print_tables(decode_table(report, pairs, chosen.title), time_table(pairs))
+        table = decode_table(report, pairs, chosen.title, decode.temperature)
+        print_tables(table, time_table(pairs))
     check_identical(report, _precision(folder), decode.temperature)
 
 

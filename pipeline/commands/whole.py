@@ -80,7 +80,7 @@ def run(
         write_json(json_file, report.to_json())
     print_tables(
         parity_table(report.parity),
-        decode_table(report.decode, outcome.pairs, outcome.prompts.title),
+        decode_table(report.decode, outcome.pairs, outcome.prompts.title, chosen.temperature),
         time_table(outcome.pairs),
         head_table(report.head),
     )

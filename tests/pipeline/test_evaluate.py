@@ -118,9 +118,10 @@ def test_sampled_texts_need_not_be_identical(built_cache: Path, prompt_file: Pat
         "--max-tokens=6",
         "--temperature=1.0",
         "--threads=1",
-        "--json",
     )
     assert result.code == 0, result.err
+    assert "temperature 1" in result.out
+    assert "drawn, not compared" in result.out
 
 
 def test_a_prompt_that_is_too_long_is_named_before_anything_is_decoded(

@@ -48,19 +48,19 @@ Tree = dict[str, int | float]  # the fields of `runtime.tree.TreeConfig`
 DEFAULT_TREE: Tree = {
     "depth": 4,
     "width": 4,
-    "budget": 8,
-    "min_prob": 0.08,
+    "budget": 10,
+    "min_prob": 0.06,
     "lookup": 8,
-    "min_level": 0.3,
+    "min_level": 0.25,
 }
 # At temperature > 0 the nodes are drawn and their scores are chances of acceptance.
 DEFAULT_DRAWN_TREE: Tree = {
     "depth": 4,
     "width": 4,
-    "budget": 8,
+    "budget": 10,
     "min_prob": 0.03,
     "lookup": 8,
-    "min_level": 0.2,
+    "min_level": 0.1,
 }
 
 

@@ -100,6 +100,9 @@ def decode(
     target.truncate(0)
     if drafter is not None:
         drafter.truncate(0)
+        # A greedy tree reads the best few of each node, drawing the whole law.
+        greedy = request.sampling.greedy
+        drafter.candidates = request.tree.width if greedy else drafter.top_k
     start = 0
     while (stop := start + request.prefill_chunk) < len(request.prompt):
         clock = _Clock(target, drafter)

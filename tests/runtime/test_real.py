@@ -20,7 +20,7 @@ from runtime.generator import Generator
 from runtime.sampling import SamplingConfig, target_law
 
 pytestmark = pytest.mark.real
-DRAWS = 500
+DRAWS = 800
 PROMPT = "My favourite colour is"
 TOP_THREE = {"temperature": 1.0, "top_k": 3}
 

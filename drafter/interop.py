@@ -56,6 +56,14 @@ def dense_head(drafter: Drafter) -> Tensor:
     return scores.detach().float().T.contiguous()
 
 
+def check_format(layout: str, dtype: str) -> None:
+    """Raise UsageError for an unknown layout or dtype."""
+    if layout not in LAYOUTS:
+        raise UsageError(f"the format '{layout}' is unknown; known: {', '.join(LAYOUTS)}.")
+    if dtype not in DTYPES:
+        raise UsageError(f"the precision '{dtype}' is unknown; known: {', '.join(DTYPES)}.")
+
+
 def write_eagle3(
     drafter: Drafter, folder: Path, layout: str, dtype: str, target: dict[str, Any]
 ) -> None:
@@ -64,10 +72,7 @@ def write_eagle3(
     `target`: `name` and `architectures` of the model it drafts for. Raises UsageError for an
     unknown layout or dtype, or a tap that the layout cannot name.
     """
-    if layout not in LAYOUTS:
-        raise UsageError(f"the format '{layout}' is unknown; known: {', '.join(LAYOUTS)}.")
-    if dtype not in DTYPES:
-        raise UsageError(f"the precision '{dtype}' is unknown; known: {', '.join(DTYPES)}.")
+    check_format(layout, dtype)
     chosen = LAYOUTS[layout]
     config = chosen.config(drafter.config, target) | {"torch_dtype": _torch_name(dtype)}
     tensors = {

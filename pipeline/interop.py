@@ -33,8 +33,9 @@ def interop_stage(
     """Write the drafter in `folder` as an EAGLE-3 checkpoint. Raises UsageError."""
     from drafter.checkpoint import load_drafter, load_target
     from drafter.config import read_drafter_config
-    from drafter.interop import write_eagle3
+    from drafter.interop import check_format, write_eagle3
 
+    check_format(layout, precision)
     out = (out or target_workspace(target) / f"drafter-{layout}").resolve()
     refuse_foreign(out, KIND)
     with progress("export-drafter") as tell:

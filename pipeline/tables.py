@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.markup import escape
 from rich.table import Table
 
 from pipeline.evaluate import Pair, decode_rate, seconds_by_part, spread
@@ -102,7 +103,7 @@ def doctor_tables(report: DoctorReport) -> list[Table]:
     facts.add_row("last engine", report.last_engine or "none")
     backends = _table("Backends", ("backend", "usable", "detail"))
     for backend in report.backends:
-        backends.add_row(backend.name, _yes(backend.usable), backend.detail)
+        backends.add_row(backend.name, _yes(backend.usable), escape(backend.detail))
     return [facts, backends]
 
 

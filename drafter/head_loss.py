@@ -153,6 +153,27 @@ def _alpha_sums(
     return sums
 
 
+def chunk_gradients(
+    laws: Sequence[Laws],
+    objective: Objective,
+    count: float,
+    alphas: Sequence[float],
+    sums: list[float],
+) -> tuple[float, list[Tensor]]:
+    """A chunk's part of the loss over `count` rows, and its gradients with respect to the scores of
+    every step. `alphas` are read where the loss depends on them; else alpha is added to `sums`.
+    """
+    loss, total, made = objective.loss, 0.0, []
+    for k, (law, weight) in enumerate(zip(laws, objective.step_weights.of(laws), strict=True)):
+        share = weight / count  # a number or [n]
+        total += float((share * loss.value(law, alphas[k])).sum())
+        row = share[:, None] if isinstance(share, Tensor) else share
+        made.append(loss.gradient(law, alphas[k]).mul_(row))
+        if not loss.uses_alpha:
+            sums[k] += float(torch.minimum(law.p, law.q).sum())
+    return total, made
+
+
 class _ChunkedLoss(torch.autograd.Function):
     """Takes the gradients in the forward pass, chunk by chunk; backward only scales them.
 
@@ -172,22 +193,16 @@ class _ChunkedLoss(torch.autograd.Function):
         kept: Tensor | None,
         *scores: Tensor,
     ) -> Tensor:
-        loss = objective.loss
         gradients = [torch.empty_like(z) for z in scores]
         total = 0.0
         for part in parts(len(teacher_scores), chunk):
             log_p = log_law(teacher_scores[part], log_weight)  # [n, C]
             first = Laws.of(log_p, log_p, kept, log_weight)
             laws = [first.against(log_law(z[part], log_weight)) for z in scores]
-            for k, (law, weight) in enumerate(
-                zip(laws, objective.step_weights.of(laws), strict=True)
-            ):
-                share = weight / count  # a number or [n]
-                total += float((share * loss.value(law, alphas[k])).sum())
-                row = share[:, None] if isinstance(share, Tensor) else share
-                gradients[k][part] = loss.gradient(law, alphas[k]).mul_(row)
-                if not loss.uses_alpha:
-                    sums[k] += float(torch.minimum(law.p, law.q).sum())
+            value, made = chunk_gradients(laws, objective, count, alphas, sums)
+            total += value
+            for gradient, new in zip(gradients, made, strict=True):
+                gradient[part] = new
         ctx.save_for_backward(*gradients)
         return torch.tensor(total)
 

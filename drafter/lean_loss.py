@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drafter.head_loss import Objective, log_law, parts
+from drafter.head_loss import Objective, chunk_gradients, log_law, parts
 from drafter.losses import Laws, alpha
 from drafter.parallel import ALONE, Share
 
@@ -106,7 +106,7 @@ class _LeanLoss(torch.autograd.Function):
             leaves = [h[part].detach().requires_grad_() for h in inputs]
             with torch.enable_grad():
                 scores, laws = scoring.laws(leaves, teacher[part])
-            value, outer = _chunk(laws, objective, count, alphas, found)
+            value, outer = chunk_gradients(laws, objective, count, alphas, found)
             total += value
             outer = [g.to(z.dtype) for g, z in zip(outer, scores, strict=True)]
             made = torch.autograd.grad(scores, [*leaves, *scoring.parameters], outer)
@@ -121,17 +121,3 @@ class _LeanLoss(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = grad_outputs
         return (*[None] * 7, *(g * scale.to(g.dtype) for g in ctx.saved_tensors))
-
-
-def _chunk(
-    laws: list[Laws], objective: Objective, count: float, alphas: list[float], found: list[float]
-) -> tuple[float, list[Tensor]]:
-    """A chunk's part of the loss, and its gradients with respect to the scores; adds up alpha."""
-    loss, total, outer = objective.loss, 0.0, []
-    for k, (law, weight) in enumerate(zip(laws, objective.step_weights.of(laws), strict=True)):
-        share = weight / count  # a number or [n]
-        total += float((share * loss.value(law, alphas[k])).sum())
-        row = share[:, None] if isinstance(share, Tensor) else share
-        outer.append(loss.gradient(law, alphas[k]).mul_(row))
-        found[k] += float(torch.minimum(law.p, law.q).sum())
-    return total, outer

@@ -27,10 +27,11 @@ def start_drafter(
     from_target: bool = True,
     states: Tensor | None = None,
     draft_ids: Tensor | None = None,
+    body: Drafter | None = None,
     seed: int = 0,
 ) -> Drafter:
     """A fresh drafter. `states` [N, H] (final-normed) are needed by `activation-pca`, `draft_ids`
-    [Vd] by a truncated head. Raises UsageError.
+    [Vd] by a truncated head. With a `body`, all but the head is that drafter's. Raises UsageError.
     """
     torch.manual_seed(seed)
     drafter = Drafter(
@@ -39,7 +40,9 @@ def start_drafter(
     for module in drafter.modules():
         if isinstance(module, torch.nn.Linear):
             torch.nn.init.normal_(module.weight, std=0.02)
-    if from_target and config.hidden_size == target.config.hidden_size:
+    if body is not None:
+        copy_body(drafter, body)
+    elif from_target and config.hidden_size == target.config.hidden_size:
         copy_last_layer(drafter, target)
     if isinstance(drafter.lm_head, TruncatedHead):
         if draft_ids is None:
@@ -48,6 +51,24 @@ def start_drafter(
     if isinstance(drafter.lm_head, LowRankHead):
         initialise(drafter.lm_head, head_init, target.lm_head.weight.detach(), states)
     return drafter
+
+
+@torch.no_grad()
+def copy_body(drafter: Drafter, other: Drafter) -> None:
+    """Take over everything but the head from another drafter of this target. Raises UsageError for
+    another shape.
+    """
+    head = "lm_head."
+    body = {name: w for name, w in other.state_dict().items() if not name.startswith(head)}
+    needed = {name: w for name, w in drafter.state_dict().items() if not name.startswith(head)}
+    for name in sorted({*body, *needed}):
+        found, wanted = (list(d[name].shape) if name in d else None for d in (body, needed))
+        if found != wanted or drafter.config.taps != other.config.taps:
+            raise UsageError(
+                f"The drafter to take the layer from has {name} {found} and taps "
+                f"{list(other.config.taps)}; {wanted} and {list(drafter.config.taps)} are needed."
+            )
+    drafter.load_state_dict(body, strict=False)
 
 
 @torch.no_grad()

@@ -27,10 +27,17 @@ _ROWS = 256  # whose laws over the whole vocabulary are held at a time
 
 @torch.no_grad()
 def replay(
-    drafter: Drafter, documents: Sequence[Captured], steps: int, temperature: float, batch: int = 8
+    drafter: Drafter,
+    documents: Sequence[Captured],
+    steps: int,
+    temperature: float,
+    *,
+    stride: int = 1,
+    batch: int = 8,
 ) -> Iterator[Tensor]:
     """Per document: the chance that a chain drafted from each of its N roots has its first k + 1
-    tokens accepted, float32 [N, steps]. Roots are the response tokens that `steps` more follow.
+    tokens accepted, float32 [N, steps]. Roots are the response tokens that `steps` more follow,
+    or every `stride`-th of them.
 
     The documents must have been written by the target at this temperature, unfiltered; else the
     figures mean nothing.
@@ -41,7 +48,8 @@ def replay(
         states = unroll(drafter, b.ids, b.taps, steps)  # K times [B, T, H]
         for row, document in enumerate(group):
             drafted = torch.stack([state[row] for state in states])  # [K, T, H]
-            yield _survival(drafter, document, drafted, temperature)
+            starts = roots(document.mask, steps)[::stride]
+            yield _survival(drafter, document, drafted, starts, temperature)
 
 
 def roots(mask: Tensor, steps: int) -> Tensor:
@@ -53,10 +61,11 @@ def roots(mask: Tensor, steps: int) -> Tensor:
     return found[found >= 1]
 
 
-def _survival(drafter: Drafter, document: Captured, drafted: Tensor, temperature: float) -> Tensor:
-    """[N, K] of one document; `drafted` [K, T, H] are its unrolled states."""
+def _survival(
+    drafter: Drafter, document: Captured, drafted: Tensor, starts: Tensor, temperature: float
+) -> Tensor:
+    """[N, K] of one document from N starts; `drafted` [K, T, H] are its unrolled states."""
     steps = len(drafted)
-    starts = roots(document.mask, steps)
     survived = torch.ones(len(starts))  # of the tokens before this one
     columns = []
     for k in range(steps):

@@ -1,0 +1,59 @@
+"""The target's own answers to the benchmark prompts, with what it saw: what chains are replayed on.
+
+Greedy and at temperature 1, up to so many tokens, in bfloat16 as corpora are. Only for measuring:
+no drafter is trained on them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from drafter.capture import Captured, read_captured, write_captured
+from drafter.checkpoint import load_target
+from drafter.generate import GenerateConfig, answer_prompts
+from drafter.tokenizer import ChatTokenizer
+from pipeline.prompt_sets import benchmark_prompts
+
+SETS = {"mt-bench": 80, "humaneval": 40, "gsm8k": 40}
+TEMPERATURES = (0.0, 1.0)
+
+
+def texts_path(out: Path, name: str, temperature: float) -> Path:
+    """Folder of a prompt set's answers."""
+    return out / "texts" / f"{name}-t{temperature:g}"
+
+
+def write_texts(target: Path, taps: tuple[int, ...], out: Path, tokens: int) -> None:
+    """Answer every prompt set at every temperature; what exists is kept."""
+    todo = [
+        (name, count, temperature)
+        for name, count in SETS.items()
+        for temperature in TEMPERATURES
+        if not (texts_path(out, name, temperature) / "shard-00000.safetensors").exists()
+    ]
+    if not todo:
+        return
+    model = load_target(target, taps, torch.bfloat16)
+    tokenizer = ChatTokenizer.load(target)
+    for name, count, temperature in todo:
+        prompts = [
+            tokenizer.apply_chat_template([{"role": "user", "content": prompt.text}])
+            for prompt in benchmark_prompts(name, count).prompts
+        ]
+        config = GenerateConfig(
+            max_new_tokens=tokens, temperatures=(temperature,), batch=40, keep_states=True
+        )
+        with torch.no_grad():
+            answered = answer_prompts(model, prompts, config, shard=0)
+        folder = texts_path(out, name, temperature)
+        folder.mkdir(parents=True, exist_ok=True)
+        seen = [captured for _, captured in answered if captured is not None]
+        write_captured(folder / "shard-00000.safetensors", seen, taps, "")
+        print(f"texts: {name} at temperature {temperature:g}, {len(seen)} answers", flush=True)
+
+
+def read_texts(out: Path, name: str, temperature: float) -> list[Captured]:
+    """The answers of a prompt set, in the order of its prompts."""
+    return list(read_captured(texts_path(out, name, temperature)))

@@ -11,9 +11,20 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from drafter.errors import UsageError
+
+# Variants of the EAGLE-3 forward, under the names that published configs give them.
+VARIANTS = ("fc_norm", "norm_before_fc", "norm_output", "norm_before_residual")
 
 
 class RopeConfig(BaseModel):
@@ -69,7 +80,9 @@ class DrafterConfig(BaseModel):
     `lm_head_rank` is None for a dense head; `rescore` is the number of preview candidates that get
     exact scores from the target's own head rows (0: none). `draft_vocab_size` is None but for a
     truncated head: how many tokens it can draft. `top_k` is how many candidates the
-    graphs return.
+    graphs return. `VARIANTS` are off in the original EAGLE-3: `fc_norm` norms each tap before `fc`,
+    `norm_before_fc` all of them as one vector; `norm_output` feeds the final-normed state back
+    (EAGLE-3.1); with `norm_before_residual` the layer's residual is the normed hidden.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -92,6 +105,16 @@ class DrafterConfig(BaseModel):
     top_k: int = 16
     max_positions: int = 8192
     tokenizer_sha256: str | None = None
+    fc_norm: bool = False
+    norm_before_fc: bool = False
+    norm_output: bool = False
+    norm_before_residual: bool = False
+
+    @model_serializer(mode="wrap")
+    def _only_variants_used(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # What has no variant is written as it was before there were any: files and runs stay equal.
+        fields: dict[str, Any] = dump(self)
+        return {name: value for name, value in fields.items() if value or name not in VARIANTS}
 
     @model_validator(mode="after")
     def _consistent(self) -> DrafterConfig:
@@ -125,7 +148,14 @@ class DrafterConfig(BaseModel):
                 f"rescore needs equal hidden sizes: drafter {self.hidden_size}, "
                 f"target {self.target_hidden_size}"
             )
+        if self.fc_norm and self.norm_before_fc:
+            raise ValueError("fc_norm and norm_before_fc exclude each other; choose one of them")
         return self
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """The `VARIANTS` that this drafter has."""
+        return tuple(name for name in VARIANTS if getattr(self, name))
 
     @property
     def kv_size(self) -> int:

@@ -2,9 +2,11 @@
 2503.01840).
 
 Two entry points, never chosen by tensor width: `extend` takes target taps (fused by `fc`), `step`
-takes the drafter's own previous pre-norm state. Slot j holds the feature of position j and the
-embedding of token j+1, at rotary position j; its output is the law of token j+2. The embedding is
-the target's, frozen, and never in a checkpoint.
+takes the drafter's own previous state: pre-norm, or final-normed with `norm_output`. Slot j holds
+the feature of position j and the embedding of token j+1, at rotary position j; its output is the
+law of token j+2. The embedding is the target's, frozen, and never in a checkpoint. The variants of
+later checkpoints (`drafter.config.VARIANTS`) are computed as vLLM's `llama_eagle3.py` and
+speculators 0.9 do.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from drafter.heads import build_head
 
 
 class DraftState(NamedTuple):
-    """`state`: pre-norm output [B, T, H], fed back by `step`; new cache rows [B, T, KV]."""
+    """`state`: what `step` takes back, [B, T, H]; new cache rows [B, T, KV]."""
 
     state: Tensor
     new_key: Tensor
@@ -30,7 +32,7 @@ class DraftState(NamedTuple):
 
 class DraftLayer(nn.Module):
     """a = g + attention([norm(e) ; norm(g)]);  f = a + mlp(norm(a)). The residual is the un-normed
-    g.
+    g, or norm(g) with `norm_before_residual`.
     """
 
     def __init__(self, config: DrafterConfig) -> None:
@@ -47,14 +49,19 @@ class DraftLayer(nn.Module):
             input_size=config.target_hidden_size + size,
         )
         self.mlp = MLP(size, config.intermediate_size)
+        self.norm_before_residual = config.norm_before_residual
 
-    def attention_input(self, embeds: Tensor, hidden: Tensor) -> Tensor:
-        """[B, T, Ht], [B, T, H] -> [B, T, Ht + H], embedding first."""
-        return torch.cat((self.input_layernorm(embeds), self.hidden_norm(hidden)), dim=-1)
+    def attention_input(self, embeds: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """e [B, T, Ht], g [B, T, H] -> [norm(e) ; norm(g)] [B, T, Ht + H] and the residual [B, T,
+        H].
+        """
+        normed = self.hidden_norm(hidden)
+        u = torch.cat((self.input_layernorm(embeds), normed), dim=-1)
+        return u, normed if self.norm_before_residual else hidden
 
-    def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
-        """Add attention and MLP to the residual: [B, T, H] -> [B, T, H]."""
-        a = hidden + attended
+    def finish(self, residual: Tensor, attended: Tensor) -> Tensor:
+        """Add attention and MLP to the residual: [B, T, H] -> f [B, T, H]."""
+        a = residual + attended
         f: Tensor = a + self.mlp(self.post_attention_layernorm(a))
         return f
 
@@ -69,11 +76,13 @@ class Drafter(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.fc = nn.Linear(
-            len(config.taps) * config.target_hidden_size, config.hidden_size, bias=False
-        )
+        width, count, eps = config.target_hidden_size, len(config.taps), config.rms_norm_eps
+        self.input_norm = RMSNorm(count * width, eps) if config.norm_before_fc else None
+        each = (RMSNorm(width, eps) for _ in config.taps)
+        self.fc_norm = nn.ModuleList(each) if config.fc_norm else None
+        self.fc = nn.Linear(count * width, config.hidden_size, bias=False)
         self.midlayer = DraftLayer(config)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps)
         rows = target_embedding if target_rows is None else target_rows
         self.lm_head = build_head(config, rows)
         self.target_rows = [rows.detach()]  # the target's own head, likewise shared
@@ -85,6 +94,13 @@ class Drafter(nn.Module):
     def embed(self, input_ids: Tensor) -> Tensor:
         """Token ids [B, T] -> the target's embeddings [B, T, Ht]."""
         return F.embedding(input_ids, self.target_embedding[0])
+
+    def fuse(self, taps: Tensor) -> Tensor:
+        """Target taps [B, T, n_taps * Ht], one after the other -> g [B, T, H], what `extend` feeds
+        the layer.
+        """
+        g: Tensor = self.fc(norm_taps(taps, self.input_norm, self.fc_norm))
+        return g
 
     def extend(
         self,
@@ -98,7 +114,7 @@ class Drafter(nn.Module):
         """Consume target taps [B, T, n_taps * Ht] and the tokens after them [B, T]; mask [B, 1, T,
         P + T].
         """
-        return self._layer(input_ids, self.fc(taps), position_ids, mask, past_key, past_value)
+        return self._layer(input_ids, self.fuse(taps), position_ids, mask, past_key, past_value)
 
     def step(
         self,
@@ -112,9 +128,14 @@ class Drafter(nn.Module):
         """Consume the parents' own states [B, T, H] and the drafted tokens [B, T]."""
         return self._layer(input_ids, state, position_ids, mask, past_key, past_value)
 
+    def output_state(self, f: Tensor) -> Tensor:
+        """What is fed back of the layer's output f: [..., H] -> [..., H]."""
+        state: Tensor = self.norm(f) if self.config.norm_output else f
+        return state
+
     def head_input(self, state: Tensor) -> Tensor:
         """The final-normed state that the head reads: [..., H] -> [..., H]."""
-        h: Tensor = self.norm(state)
+        h: Tensor = state if self.config.norm_output else self.norm(state)
         return h
 
     def _layer(
@@ -128,6 +149,17 @@ class Drafter(nn.Module):
     ) -> DraftState:
         layer = self.midlayer
         cos, sin = rope_tables(self.inverse, position_ids)
-        u = layer.attention_input(self.embed(input_ids), hidden)  # [B, T, Ht + H]
+        u, residual = layer.attention_input(self.embed(input_ids), hidden)  # [B, T, Ht + H]
         attended, key, value = layer.self_attn(u, cos, sin, mask, past_key, past_value)
-        return DraftState(layer.finish(hidden, attended), key, value)
+        return DraftState(self.output_state(layer.finish(residual, attended)), key, value)
+
+
+def norm_taps(taps: Tensor, whole: RMSNorm | None, each: nn.ModuleList | None) -> Tensor:
+    """Taps [B, T, n_taps * Ht] normed as one vector, each by its own norm, or left as they are."""
+    if whole is not None:
+        normed: Tensor = whole(taps)
+        return normed
+    if each is None:
+        return taps
+    chunks = taps.chunk(len(each), dim=-1)  # n_taps times [B, T, Ht]
+    return torch.cat([norm(chunk) for norm, chunk in zip(each, chunks, strict=True)], dim=-1)

@@ -23,7 +23,9 @@ def unroll(drafter: Drafter, input_ids: Tensor, taps: Tensor, steps: int) -> lis
     them out.
     """
     batch, length = input_ids.shape
-    hidden = drafter.fc(taps).float()  # [B, T, H]; the residual stream stays float32 under autocast
+    hidden = drafter.fuse(
+        taps
+    ).float()  # [B, T, H]; the residual stream stays float32 under autocast
     slots = torch.arange(length, device=input_ids.device)
     mask = causal_mask(batch, length, device=input_ids.device)
     keys: list[Tensor] = []
@@ -51,12 +53,12 @@ def _unrolled_layer(
     layer = drafter.midlayer
     attention = layer.self_attn
     cos, sin = rope_tables(drafter.inverse, positions[None])  # [1, T, D]
-    u = layer.attention_input(drafter.embed(tokens), hidden)
+    u, residual = layer.attention_input(drafter.embed(tokens), hidden)
     q, key, value = attention.project(u, cos, sin)
     keys.append(_per_head(key, attention.num_kv_heads, attention.num_heads))
     values.append(_per_head(value, attention.num_kv_heads, attention.num_heads))
     y = chain_attention(q, keys, values, mask)  # [B, heads, T, D]
-    return layer.finish(hidden, attention.merge(y.to(u.dtype)))
+    return drafter.output_state(layer.finish(residual, attention.merge(y.to(u.dtype))))
 
 
 def _per_head(rows: Tensor, kv_heads: int, heads: int) -> Tensor:

@@ -159,6 +159,6 @@ def _drafter_name(name: str, tensor: Tensor) -> tuple[str, Tensor]:
     }
     if name.startswith("head."):
         name = f"lm_{name}"
-    elif not name.startswith(("fc.", "norm.")):
+    elif not name.startswith(("fc.", "fc_norm.", "input_norm.", "norm.")):
         name = f"midlayer.{name}"
     return name, tensor.T if transposed else tensor

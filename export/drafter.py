@@ -9,7 +9,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from drafter.eagle3 import Drafter
+from drafter.eagle3 import Drafter, norm_taps
 from export.contract import drafter_contract
 from export.files import EMBEDDING, HEAD_ROWS
 from export.head import attach_function, export_head
@@ -34,6 +34,8 @@ class DrafterGraph(nn.Module):
         self.self_attn = OnnxAttention(layer.self_attn)
         self.mlp = OnnxMLP(layer.mlp)
         self.norm = drafter.norm
+        self.norm_output = drafter.config.norm_output
+        self.norm_before_residual = drafter.config.norm_before_residual
         self.head = export_head(drafter, rows)
         self.register_buffer("inverse", drafter.inverse)
         self.inverse: Tensor
@@ -49,15 +51,17 @@ class DrafterGraph(nn.Module):
         """Residual plus attention [B, T, H] and the new cache rows [B, T, KV]."""
         embeds = nn.functional.embedding(input_ids, self.embed_tokens.weight)  # type: ignore[arg-type]
         cos, sin = rope_half_tables(self.inverse, position_ids)
-        u = torch.cat((self.input_layernorm(embeds), self.hidden_norm(hidden)), dim=-1)
+        normed = self.hidden_norm(hidden)
+        u = torch.cat((self.input_layernorm(embeds), normed), dim=-1)
         attended, key, value = self.self_attn(u, cos, sin, mask, past[0], past[1])
-        return hidden + attended, key, value
+        return (normed if self.norm_before_residual else hidden) + attended, key, value
 
     def finish(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """MLP and head of the rows wanted: [B, R, H] -> log-probs, ids, log-sum-exp, state."""
-        state = a + self.mlp(self.post_attention_layernorm(a))  # [B, R, H]
-        log_probs, ids, log_sum_exp = self.head(self.norm(state))
-        return log_probs, ids, log_sum_exp, state
+        f = a + self.mlp(self.post_attention_layernorm(a))  # [B, R, H]
+        h = self.norm(f)
+        log_probs, ids, log_sum_exp = self.head(h)
+        return log_probs, ids, log_sum_exp, h if self.norm_output else f
 
 
 class ExtendGraph(DrafterGraph):
@@ -65,6 +69,7 @@ class ExtendGraph(DrafterGraph):
 
     def __init__(self, drafter: Drafter, target_rows: Tensor, tied: bool) -> None:
         super().__init__(drafter, target_rows, tied)
+        self.input_norm, self.fc_norm = drafter.input_norm, drafter.fc_norm
         self.fc = Projection(drafter.fc)
 
     def forward(
@@ -76,7 +81,8 @@ class ExtendGraph(DrafterGraph):
         rows: Tensor,
         past: list[Tensor],
     ) -> tuple[Tensor, ...]:
-        a, key, value = self.attend(input_ids, self.fc(taps), position_ids, attention_mask, past)
+        g = self.fc(norm_taps(taps, self.input_norm, self.fc_norm))
+        a, key, value = self.attend(input_ids, g, position_ids, attention_mask, past)
         return *self.finish(gather_rows(a, rows)), key, value
 
 

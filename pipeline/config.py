@@ -73,8 +73,8 @@ class DrafterOptions(_Options):
     """Shape and start of the drafter that `pipeline train` makes.
 
     `rank` None is d/8; `taps` None are the target's default ones; `draft_vocab` None is a quarter
-    of the vocabulary, for a truncated head. With `start`, a drafter to train on, shape and weights
-    are that drafter's.
+    of the vocabulary, for a truncated head; `variant` names some of `drafter.config.VARIANTS`. With
+    `start`, a drafter to train on, shape and weights are that drafter's.
     """
 
     start: str | None = None
@@ -86,6 +86,7 @@ class DrafterOptions(_Options):
     head_init: Literal["activation-pca", "random", "svd"] = "activation-pca"
     from_target: bool = True
     taps: tuple[int, ...] | None = None
+    variant: tuple[str, ...] = ()
 
 
 class TrainOptions(DrafterOptions):

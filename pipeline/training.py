@@ -27,6 +27,7 @@ from drafter.artifact import (
     write_artifact,
 )
 from drafter.config import (
+    VARIANTS,
     DrafterConfig,
     TargetConfig,
     checked_drafter_config,
@@ -155,6 +156,10 @@ def drafter_config(
     }
     if options.taps is not None:
         changes["taps"] = options.taps
+    for name in options.variant:
+        if name not in VARIANTS:
+            raise UsageError(f"--variant is '{name}'; known variants: {', '.join(VARIANTS)}.")
+        changes[name] = True
     return drafter_config_for(shape, **changes)
 
 

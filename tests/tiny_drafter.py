@@ -9,10 +9,19 @@ import torch
 from drafter.capture import Captured, capture
 from drafter.config import DrafterConfig, RopeConfig, TargetConfig, drafter_config_for
 from drafter.corpus import Document, document
-from drafter.decoder import TargetDecoder
+from drafter.decoder import RMSNorm, TargetDecoder
 from drafter.eagle3 import Drafter
 
 VOCAB = 61
+FORMS: dict[str, tuple[str, ...]] = {  # of the EAGLE-3 forward: each variant alone, and all
+    "original": (),
+    "fc_norm": ("fc_norm",),
+    "norm_before_fc": ("norm_before_fc",),
+    "norm_output": ("norm_output",),
+    "norm_before_residual": ("norm_before_residual",),
+    "all-fc_norm": ("fc_norm", "norm_output", "norm_before_residual"),
+    "all-norm_before_fc": ("norm_before_fc", "norm_output", "norm_before_residual"),
+}
 
 
 def tiny_target(seed: int = 0, **changes: Any) -> TargetDecoder:
@@ -43,14 +52,21 @@ def tiny_target(seed: int = 0, **changes: Any) -> TargetDecoder:
 
 
 def tiny_drafter(target: TargetDecoder, seed: int = 0, **changes: Any) -> Drafter:
-    """A random drafter of the target; `changes` go to its config."""
+    """A random drafter of the target, norms around one; `changes` go to its config."""
     config: DrafterConfig = drafter_config_for(target.config, **({"top_k": 6} | changes))
     torch.manual_seed(seed)
     drafter = Drafter(config, target.embed_tokens.weight, target.lm_head.weight)
     for module in drafter.modules():
         if isinstance(module, torch.nn.Linear):
             torch.nn.init.normal_(module.weight, std=0.2)
+        if isinstance(module, RMSNorm):
+            torch.nn.init.normal_(module.weight, mean=1.0, std=0.2)
     return drafter.eval()
+
+
+def form(name: str) -> dict[str, bool]:
+    """The changes to a config that make it one of `FORMS`."""
+    return dict.fromkeys(FORMS[name], True)
 
 
 def tiny_documents(count: int, seed: int = 0) -> list[Document]:

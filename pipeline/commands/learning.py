@@ -162,6 +162,15 @@ def train(
             "--taps", help="Layers whose inputs are read, comma-separated.", default="2,n//2,n-3"
         ),
     ] = None,
+    variant: Annotated[
+        str | None,
+        o.option(
+            "--variant",
+            help="Variants of EAGLE-3, comma-separated: fc_norm or norm_before_fc, norm_output, "
+            "norm_before_residual.",
+            default="none, the original",
+        ),
+    ] = None,
     holdout: Annotated[
         float | None,
         o.option(
@@ -277,6 +286,7 @@ def train(
         head_init=head_init,
         from_target=from_target,
         taps=_numbers(taps, int, "--taps"),
+        variant=None if variant is None else tuple(variant.split(",")),
         holdout=holdout,
         run=run,
         out=out,

@@ -11,13 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from drafter.checkpoint import load_drafter, save_drafter
-from drafter.config import DrafterConfig, default_rank, drafter_config_for
+from drafter.config import VARIANTS, DrafterConfig, default_rank, drafter_config_for
 from drafter.decoder import causal_mask
 from drafter.eagle3 import Drafter
 from drafter.errors import UsageError
 from drafter.start import start_drafter
 from drafter.unroll import unroll
-from tests.tiny_drafter import VOCAB, tiny_drafter, tiny_target
+from tests.eagle3_reference import Reference
+from tests.tiny_drafter import FORMS, VOCAB, form, tiny_drafter, tiny_target
 
 TARGET = tiny_target()
 
@@ -43,10 +44,11 @@ def chain_states(
         yield state
 
 
+@pytest.mark.parametrize("name", FORMS)
 @torch.no_grad()
-def test_the_training_unroll_is_what_decoding_does() -> None:
+def test_the_training_unroll_is_what_decoding_does(name: str) -> None:
     """Every slot, every step: the unrolled state equals extend followed by steps."""
-    drafter = tiny_drafter(TARGET)
+    drafter = tiny_drafter(TARGET, **form(name))
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, VOCAB, (1, 14), generator=generator)
     taps = torch.randn(1, 14, 3 * 32, generator=generator)
@@ -54,6 +56,31 @@ def test_the_training_unroll_is_what_decoding_does() -> None:
     for slot in range(9):
         for k, state in enumerate(chain_states(drafter, ids, taps, slot, 4)):
             torch.testing.assert_close(states[k][:, slot], state[:, 0], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", FORMS)
+@torch.no_grad()
+def test_every_form_is_its_formulas(name: str) -> None:
+    """Four steps of `unroll`, head included, against the formulas written down again."""
+    drafter = tiny_drafter(TARGET, head="dense", **form(name))
+    ids, taps = torch.randint(0, VOCAB, (13,)), torch.randn(9, 3 * 32)
+    reference = Reference(drafter.state_dict(), TARGET.embed_tokens.weight, variants=FORMS[name])
+    wanted = reference.scores(ids[1:], taps, steps=4)
+    # The last slots of `unroll` lack their later tokens: give it a longer document.
+    more = torch.cat((taps, torch.zeros(4, 3 * 32)))
+    for k, state in enumerate(unroll(drafter, ids[None], more[None], 4)):
+        scores = drafter.lm_head.scores(drafter.head_input(state[0, :9]))  # type: ignore[operator]
+        torch.testing.assert_close(scores, wanted[k], atol=1e-4, rtol=1e-4)
+
+
+def test_a_variant_that_is_off_leaves_config_files_as_they_were(tmp_path: Path) -> None:
+    """Files, and runs that know their drafter by its config, from before there were variants."""
+    for name, folder in (("original", tmp_path / "a"), ("fc_norm", tmp_path / "b")):
+        folder.mkdir()
+        save_drafter(tiny_drafter(TARGET, **form(name)), folder)
+        written = json.loads((folder / "config.json").read_text())
+        assert tuple(key for key in VARIANTS if key in written) == FORMS[name]
+        assert load_drafter(folder, TARGET).config.variants == FORMS[name]
 
 
 @torch.no_grad()
@@ -133,6 +160,7 @@ def test_a_drafter_of_another_target_is_refused(tmp_path: Path) -> None:
         ({"taps": (1, 8)}, "tap id 8 is out of range"),
         ({"rescore": 3}, "rescore 3 must be 0"),
         ({"rescore": 1000}, "rescore 1000 exceeds the vocabulary"),
+        ({"fc_norm": True, "norm_before_fc": True}, "fc_norm and norm_before_fc exclude each"),
     ],
 )
 def test_impossible_shapes_are_refused_in_one_sentence(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Literal
 
 import onnx
 import onnx_ir as ir
@@ -29,7 +30,7 @@ from export.files import EMBEDDING, HEAD_ROWS, WEIGHTS, check_metadata
 from export.onnx_files import WeightFile, save_graph
 from export.target import trace_target
 from tests.export.conftest import Exported
-from tests.tiny_drafter import tiny_drafter, tiny_target
+from tests.tiny_drafter import FORMS, form, tiny_drafter, tiny_target
 
 ONNX_TYPES = {"int64": "tensor(int64)", "float32": "tensor(float)", "bool": "tensor(bool)"}
 OTHER_SIZES = {"B": 4, "T": 7, "P": 3, "R": 6}
@@ -170,6 +171,33 @@ def test_only_the_wanted_rows_reach_the_last_mlp_and_the_head(exported: Exported
         after = order[order.index("GatherND") :]
         assert "Attention" not in after
         assert after.count("MatMul") == 3
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_of_the_layer_is_exported(name: str, tmp_path: Path) -> None:
+    target = tiny_target(num_layers=2)
+    drafter = tiny_drafter(target, rescore=8, **form(name))
+    found, reference = contracts(target.config, drafter.config), torch_engines(target, drafter)
+    engines, weights = {}, WeightFile(tmp_path / WEIGHTS)
+    kinds: tuple[Literal["extend", "step"], ...] = ("extend", "step")
+    for kind in kinds:
+        path = tmp_path / f"drafter_{kind}.onnx"
+        save_graph(
+            trace_drafter(drafter, target.lm_head.weight, tied=True, kind=kind), path, weights
+        )
+        session = open_session(path, session_options(1))
+        engines[f"drafter_{kind}"] = OnnxRuntimeEngine(session, found[f"drafter_{kind}"])
+    seen = 0
+    for case in make_cases(reference, target.config, drafter.config, batches=(2,), prefixes=(4,)):
+        if case.graph in engines:
+            expected = reference[case.graph].run(case.feeds)
+            outputs = engines[case.graph].run(case.feeds)
+            assert all(c.ok for c in compare(found[case.graph], name, expected, outputs, EXACT))
+            seen += 1
+    assert seen == 4
+    again = exported_drafter(tmp_path / "drafter_extend.onnx", drafter.config, target)
+    for key, tensor in again.state_dict().items():
+        assert torch.equal(tensor, drafter.state_dict()[key]), key
 
 
 class HalvedHead(torch.nn.Module):

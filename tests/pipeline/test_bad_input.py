@@ -291,6 +291,8 @@ def test_more_prompts_than_there_are_are_refused_before_the_target_is_fetched(
         (["--taps=2,4,8"], ("tap id 8",)),
         (["--rescore=3"], ("rescore", "3")),
         (["--head=fancy"], ("'fancy'",)),
+        (["--variant=fancy"], ("'fancy'", "fc_norm")),
+        (["--variant=fc_norm,norm_before_fc"], ("exclude each other",)),
         (["--head=dense", "--rank=8"], ("--rank", "dense")),
         (["--head-init=magic"], ("'magic'",)),
         (["--corpus=a", "--dialogues=b"], ("--corpus", "--dialogues")),

@@ -6,7 +6,8 @@ scores. That is compatibility without SlimSpec's speed: V x H weights instead of
 
 Tap ids. Ours mean "input of layer i". vLLM and speculators read ids so too; SGLang and SpecForge
 read "output of layer i", 0-based, so for them every id is one less. Names and loaders' habits:
-vLLM `llama_eagle3.py` and SGLang `llama_eagle3.py` of mid 2026, speculators 0.9.
+vLLM `llama_eagle3.py` and SGLang `llama_eagle3.py` of mid 2026, speculators 0.9. SGLang skips
+tensors that it does not know without a word, so what it cannot compute must be refused here.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from drafter.config import DrafterConfig
+from drafter.config import VARIANTS, DrafterConfig
 from drafter.eagle3 import Drafter
 from drafter.errors import UsageError
 from drafter.heads.low_rank import LowRankHead
@@ -33,13 +34,16 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Layout:
-    """How an engine wants a drafter: the layer's name, its config, and whether it needs the maps
-    between draft and target ids even where they are the identity.
+    """How an engine wants a drafter: the layer's name, its config, whether it needs the maps
+    between draft and target ids even where they are the identity, and the target's embedding, and
+    which variants of the forward it cannot compute.
     """
 
     layer: str
     config: Callable[[DrafterConfig, dict[str, Any]], dict[str, Any]]
-    identity_maps: bool
+    identity_maps: bool = False
+    embedding: bool = False
+    lacks: tuple[str, ...] = ()
 
 
 def dense_head(drafter: Drafter) -> Tensor:
@@ -50,18 +54,35 @@ def dense_head(drafter: Drafter) -> Tensor:
     if isinstance(head, TruncatedHead):
         return head.weight.detach().float()
     if isinstance(head, LowRankHead) and not head.rescore:
-        return head.up.weight.detach().float() @ head.down.weight.detach().float()
+        return factor_product(head)
     identity = torch.eye(drafter.config.hidden_size)
     scores: Tensor = head.scores(identity)  # type: ignore[operator]  # [H, V]
     return scores.detach().float().T.contiguous()
 
 
-def check_format(layout: str, dtype: str) -> None:
-    """Raise UsageError for an unknown layout or dtype."""
+def factor_product(head: LowRankHead) -> Tensor:
+    """W_up W_down in float32: [V, H]."""
+    return head.up.weight.detach().float() @ head.down.weight.detach().float()
+
+
+def check_format(layout: str, dtype: str, config: DrafterConfig) -> None:
+    """Raise UsageError for an unknown layout or dtype, or a drafter that the layout cannot hold."""
     if layout not in LAYOUTS:
         raise UsageError(f"the format '{layout}' is unknown; known: {', '.join(LAYOUTS)}.")
     if dtype not in DTYPES:
         raise UsageError(f"the precision '{dtype}' is unknown; known: {', '.join(DTYPES)}.")
+    for name in config.variants:
+        if name in LAYOUTS[layout].lacks:
+            raise UsageError(
+                f"this drafter has the variant {name}, which {layout} does not compute and would "
+                f"leave out without an error; train one without it, or choose another --format."
+            )
+    if config.hidden_size != config.target_hidden_size:
+        raise UsageError(
+            f"this drafter's hidden size {config.hidden_size} is not its target's "
+            f"({config.target_hidden_size}), whose embedding it reads; the format '{layout}' needs "
+            "equal ones: train one of the target's own size."
+        )
 
 
 def write_eagle3(
@@ -70,9 +91,9 @@ def write_eagle3(
     """Write `config.json` and `model.safetensors` into an existing folder.
 
     `target`: `name` and `architectures` of the model it drafts for. Raises UsageError for an
-    unknown layout or dtype, or a tap that the layout cannot name.
+    unknown layout or dtype, or a tap or variant that the layout cannot name.
     """
-    check_format(layout, dtype)
+    check_format(layout, dtype, drafter.config)
     chosen = LAYOUTS[layout]
     config = chosen.config(drafter.config, target) | {"torch_dtype": _torch_name(dtype)}
     tensors = {
@@ -86,6 +107,8 @@ def write_eagle3(
         ids = head.draft_ids if isinstance(head, TruncatedHead) else torch.arange(vocab)
         tensors["d2t"] = ids - torch.arange(len(ids))  # target id = draft id + d2t
         tensors["t2d"] = torch.isin(torch.arange(vocab), ids)
+    if chosen.embedding:
+        tensors["embed_tokens.weight"] = drafter.target_embedding[0].to(DTYPES[dtype]).contiguous()
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -134,12 +157,18 @@ def _plain(config: DrafterConfig, taps: tuple[int, ...]) -> dict[str, Any]:
         # null would make SGLang borrow the target's head
         "draft_vocab_size": config.draft_vocab_size or config.vocab_size,
         "target_hidden_size": config.target_hidden_size,
-        "norm_before_residual": False,
+        **_variants(config),
         "eagle_config": {
             "eagle_aux_hidden_state_layer_ids": list(taps),
             "use_aux_hidden_state": True,
+            "norm_before_fc": config.norm_before_fc,  # vLLM looks here first, TensorRT-LLM only
         },
     }
+
+
+def _variants(config: DrafterConfig) -> dict[str, bool]:
+    """Every variant, those that are off too: loaders' defaults differ."""
+    return {name: getattr(config, name) for name in VARIANTS}
 
 
 def _vllm(config: DrafterConfig, target: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG001
@@ -168,10 +197,7 @@ def _speculators(config: DrafterConfig, target: dict[str, Any]) -> dict[str, Any
         "speculators_model_type": "eagle3",
         "speculators_version": "0.9.0",
         "draft_vocab_size": config.draft_vocab_size or config.vocab_size,
-        "norm_before_residual": False,
-        "norm_before_fc": False,
-        "fc_norm": False,
-        "norm_output": False,
+        **_variants(config),
         "target_hidden_size": config.target_hidden_size,
         "eagle_aux_hidden_state_layer_ids": list(config.taps),
         "embed_requires_grad": False,
@@ -189,7 +215,10 @@ def _speculators(config: DrafterConfig, target: dict[str, Any]) -> dict[str, Any
 
 
 LAYOUTS: dict[str, Layout] = {
-    "vllm": Layout("midlayer.", _vllm, identity_maps=False),
-    "sglang": Layout("midlayer.", _sglang, identity_maps=True),
-    "speculators": Layout("layers.0.", _speculators, identity_maps=True),
+    "vllm": Layout("midlayer.", _vllm),
+    "sglang": Layout(
+        "midlayer.", _sglang, identity_maps=True, lacks=("norm_before_fc", "norm_before_residual")
+    ),
+    # speculators 0.9 leaves an embedding that is not in the file uninitialised, without an error
+    "speculators": Layout("layers.0.", _speculators, embedding=True),
 }

@@ -1,8 +1,9 @@
 """Published EAGLE-3 checkpoints, read: those of EAGLE, SpecForge and speculators.
 
 Names: `midlayer.*` or `layers.0.*`, with or without `model.`; `d2t` holds target id minus draft id.
-Tap ids: ours mean "input of layer i"; whoever means "output of layer i" has each one less. Only the
-original forward is read; what its variants are called is in `VARIANTS`.
+Tap ids: ours mean "input of layer i"; whoever means "output of layer i" has each one less. The same
+words mean different things in different projects: what cannot be told from the files is asked for,
+never guessed.
 """
 
 from __future__ import annotations
@@ -15,35 +16,48 @@ import torch
 from torch import Tensor
 
 from drafter.checkpoint import fill, read_tensors
-from drafter.config import DrafterConfig, TargetConfig, drafter_config_for, read_json
+from drafter.config import VARIANTS, DrafterConfig, TargetConfig, drafter_config_for, read_json
 from drafter.decoder import TargetDecoder
 from drafter.eagle3 import Drafter
 from drafter.errors import UsageError
 from drafter.families import read_rope
 from drafter.vocabulary import check_draft_ids
 
-# Variants of the forward that `drafter.eagle3` does not compute, as published configs name them.
+TAP_IDS = ("input", "output")  # what layer ids name: vLLM, speculators; SGLang, SpecForge
+NORM_OUTPUT = ("fed-back", "head")  # what `norm_output` norms: EAGLE-3.1, all engines; SpecForge
 _MAPS = ("d2t", "t2d")
-VARIANTS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+# Other names of the variants: an older SGLang's, TensorRT-LLM's.
+_ALIASES = {"use_aux_norm": "fc_norm", "return_hidden_post_norm": "norm_output"}
+_OLD_NORMS = {f"aux_norm_{which}": f"fc_norm.{i}" for i, which in enumerate(("low", "mid", "high"))}
+_UNKNOWN = ("eh_proj_before_attn", "parallel_drafting")  # forms of others that we do not compute
 
 
-def read_eagle3(folder: Path, target: TargetDecoder, tap_ids: str | None) -> Drafter:
+def read_eagle3(
+    folder: Path, target: TargetDecoder, tap_ids: str | None, norm_output: str | None = None
+) -> Drafter:
     """The drafter of a published checkpoint, weights in their own dtype.
 
-    `tap_ids`: "input" or "output", what the layer ids in its config mean; None where the config
-    names none or is of speculators. Raises UsageError for a variant of the forward that we do not
-    compute, a foreign embedding, or weights that do not fit.
+    `tap_ids`, one of `TAP_IDS`: what the layer ids in its config mean; None where the config names
+    none or is of speculators. `norm_output`, one of `NORM_OUTPUT`: what that key means; None where
+    it is not set or the config is of speculators. Raises UsageError for a form of the layer that we
+    do not compute, a foreign embedding, or weights that do not fit.
     """
     found = read_json(folder / "config.json")
+    if found.get("model_type") == "slimspec":
+        raise UsageError(f"{folder} is a drafter of ours already; use it with --drafter {folder}.")
     layer = _object(found, "transformer_layer_config", folder) or found
-    _check_form((found, layer, _object(found, "eagle_config", folder)), folder)
+    configs = (_object(found, "eagle_config", folder), found, layer)  # the first that says it wins
+    _check_form(configs, folder)
+    variants = _variants(configs, norm_output, folder)
+    _check_target(found, layer, target.config, folder)
     tensors = _own_names(dict(read_tensors(folder)))
     if whole := [n for n, t in tensors.items() if n not in _MAPS and not t.is_floating_point()]:
         raise UsageError(f"{folder}: {whole[0]} is {tensors[whole[0]].dtype}, not floating point.")
     _drop_embedding(tensors, target, folder)
     ids = _draft_ids(tensors, target.config.vocab_size, folder)
     taps = _taps(found, target.config, tap_ids, folder)
-    config = _native_config(layer, tensors, ids, taps, target.config, folder)
+    _check_sizes(tensors, len(taps), target.config, folder)
+    config = _native_config(layer, tensors, ids, target.config, folder, taps=taps, **variants)
     model = Drafter(config, target.embed_tokens.weight, target.lm_head.weight)
     if ids is not None and config.head == "truncated":
         check_draft_ids(ids, config.vocab_size, target.config.eos_token_ids, str(folder))
@@ -62,14 +76,80 @@ def _object(config: dict[str, Any], name: str, where: Path) -> dict[str, Any]:
 
 def _check_form(configs: Iterable[dict[str, Any]], where: Path) -> None:
     for config in configs:
-        for variant in VARIANTS:
-            if config.get(variant):
+        for name in _UNKNOWN:
+            if config.get(name):
                 raise UsageError(
-                    f"{where}: its config sets {variant}, a variant of EAGLE-3 that this version "
-                    "does not compute; only the original form can be read."
+                    f"{where}: its config sets {name}, a form of EAGLE-3 that this version does "
+                    f"not compute; it can compute {', '.join(VARIANTS)}."
                 )
         if (act := config.get("hidden_act", "silu")) not in ("silu", "swish"):
             raise UsageError(f"{where}: its config sets hidden_act to {act!r}, silu is needed.")
+
+
+def _check_target(
+    found: dict[str, Any], layer: dict[str, Any], target: TargetConfig, where: Path
+) -> None:
+    """Raise UsageError where a config names sizes of another target."""
+    width = found.get("target_hidden_size") or layer.get("hidden_size")
+    for field, said, needed in (
+        ("vocab_size", layer.get("vocab_size"), target.vocab_size),
+        ("target_hidden_size", width, target.hidden_size),
+    ):
+        if said is not None and said != needed:
+            raise UsageError(
+                f"{where} drafts for another target: its {field} is {said!r:.80}, the target's is "
+                f"{needed}; give its own --target."
+            )
+
+
+def _check_sizes(tensors: dict[str, Tensor], taps: int, target: TargetConfig, where: Path) -> None:
+    """Raise UsageError where the weights are of another number of taps or another width."""
+    fc = tensors.get("fc.weight")
+    if fc is not None and (fc.ndim != 2 or fc.shape[1] != taps * target.hidden_size):
+        raise UsageError(
+            f"{where}: fc.weight is {list(fc.shape)}, but {taps} taps of this target are "
+            f"{taps * target.hidden_size} wide; it drafts for another target, or its config names "
+            "other layers than it was trained with."
+        )
+
+
+def _variants(
+    configs: tuple[dict[str, Any], ...], norm_output: str | None, where: Path
+) -> dict[str, bool]:
+    """Which variants a checkpoint has; one that its config does not name is off.
+
+    For speculators' configs too: their own class has `norm_before_residual` off by default, though
+    vLLM takes it as on where such a config lacks it (speculators itself always writes it).
+    """
+    found = dict.fromkeys(VARIANTS, False)
+    for config in reversed(configs):
+        for key in (*_ALIASES, *VARIANTS):
+            value = config.get(key)
+            if value is not None and not isinstance(value, bool):
+                raise UsageError(f"{where}/config.json: {key} is {value!r:.80}, not true or false.")
+            if value is not None:
+                found[_ALIASES.get(key, key)] = value
+    plain = [config["norm_output"] for config in configs if "norm_output" in config]
+    if norm_output is None and any("speculators_model_type" in config for config in configs):
+        norm_output = "fed-back"
+    if plain and norm_output == "head":
+        return found | {"norm_output": _without_feedback(plain[0], where)}
+    if plain and plain[0] and norm_output != "fed-back":
+        raise UsageError(
+            f"{where}: its config sets norm_output; projects disagree whether that means the state "
+            "fed back or only what the head reads: say --norm-output fed-back (EAGLE-3.1, vLLM, "
+            "SGLang) or head (SpecForge)."
+        )
+    return found
+
+
+def _without_feedback(normed_head: bool, where: Path) -> bool:
+    if not normed_head:
+        raise UsageError(
+            f"{where}: its config sets norm_output to false, for SpecForge a head without a norm "
+            "before it, which this version does not compute."
+        )
+    return False
 
 
 def _own_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -78,7 +158,8 @@ def _own_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         own = name.removeprefix("model.")
         if own.startswith("layers.0."):
             own = own.replace("layers.0.", "midlayer.", 1)
-        named[own] = tensor
+        stem, _, kind = own.rpartition(".")
+        named[f"{_OLD_NORMS.get(stem, stem)}.{kind}" if stem else own] = tensor
     return named
 
 
@@ -129,9 +210,9 @@ def _native_config(
     layer: dict[str, Any],
     tensors: dict[str, Tensor],
     ids: Tensor | None,
-    taps: tuple[int, ...],
     target: TargetConfig,
     where: Path,
+    **more: Any,
 ) -> DrafterConfig:
     sizes = ("hidden_size", "intermediate_size", "num_attention_heads")
     for name in sizes:
@@ -151,7 +232,7 @@ def _native_config(
         rms_norm_eps=layer.get("rms_norm_eps", 1e-6),
         rope=read_rope(layer, str(where)),
         max_positions=layer.get("max_position_embeddings", target.max_positions),
-        taps=taps,
         head=head,
         draft_vocab_size=len(ids) if head == "truncated" and ids is not None else None,
+        **more,
     )

@@ -6,12 +6,20 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from drafter.artifact import read_artifact, refuse_foreign, sha256_file, write_artifact
-from drafter.config import read_json
+from drafter.artifact import (
+    Manifest,
+    is_up_to_date,
+    read_artifact,
+    refuse_foreign,
+    sha256_file,
+    write_artifact,
+)
+from drafter.config import DrafterConfig, read_drafter_config, read_json
 from drafter.errors import UsageError
 from drafter.sources import TargetFolder
 from drafter.sources.folder import weight_files
 from drafter.tokenizer import vocabulary_sha256
+from pipeline.corpora import corpus_fingerprint
 from pipeline.progress import progress
 from pipeline.prompts import own_prompts
 from pipeline.reports import ArtifactReport
@@ -19,120 +27,193 @@ from pipeline.stages import DRAFTER_KIND, artifact_report
 from pipeline.workspace import target_workspace
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from drafter.decoder import TargetDecoder
     from drafter.eagle3 import Drafter
 
 KIND = "eagle3"
-_CANDIDATES = 8
 _PROMPTS = 4
 
 
 def interop_stage(
-    target: TargetFolder, folder: Path, layout: str, precision: str, out: Path | None = None
+    target: TargetFolder,
+    folder: Path,
+    layout: str,
+    precision: str,
+    *,
+    corpus: Path | None = None,
+    out: Path | None = None,
 ) -> ArtifactReport:
-    """Write the drafter in `folder` as an EAGLE-3 checkpoint. Raises UsageError."""
-    from drafter.checkpoint import load_drafter, load_target
-    from drafter.config import read_drafter_config
-    from drafter.interop import check_format, write_eagle3
+    """Write the drafter in `folder` as an EAGLE-3 checkpoint, or find it written.
 
-    check_format(layout, precision)
+    `corpus`: a folder with captured states, on which the two heads are compared as well. Raises
+    UsageError.
+    """
+    from drafter.interop import check_format
+
+    config = read_drafter_config(folder)
+    check_format(layout, precision, config)
     out = (out or target_workspace(target) / f"drafter-{layout}").resolve()
     refuse_foreign(out, KIND)
+    about = {
+        "name": target.source or target.name,
+        "architectures": read_json(target.path / "config.json").get("architectures", []),
+    }
+    inputs = {"target": target.fingerprint, "drafter": _checkpoint_hash(folder)}
+    arguments = {"format": layout, "precision": precision, "target": about}
+    if corpus is not None:
+        corpus = _captured_folder(corpus, config, target)
+        inputs["corpus"] = corpus_fingerprint(corpus)
+    done = is_up_to_date(out, KIND, inputs, arguments)
+    if not done:
+        _write(target, folder, out, inputs, arguments, corpus)
+    manifest = read_artifact(out, KIND, verify=False)
+    return _report(manifest, out, done, {**arguments, **manifest.data})
+
+
+def _write(
+    target: TargetFolder,
+    folder: Path,
+    out: Path,
+    inputs: dict[str, str],
+    arguments: dict[str, Any],
+    corpus: Path | None,
+) -> None:
+    from drafter.agreement import agreements
+    from drafter.checkpoint import load_drafter, load_target
+    from drafter.interop import DTYPES, write_eagle3
+
+    layout, precision = arguments["format"], arguments["precision"]
     with progress("export-drafter") as tell:
         tell("loading target and drafter", None)
         model = load_target(target.path, read_drafter_config(folder).taps)
         drafter = load_drafter(folder, model)
         tell("comparing", None)
-        alike = agreement(drafter, model, _texts(target))
-        about = {
-            "name": target.source or target.name,
-            "architectures": read_json(target.path / "config.json").get("architectures", []),
-        }
-        inputs = {
-            "target": target.fingerprint,
-            "drafter": sha256_file(weight_files(folder)[0]),
-        }
-        arguments = {"format": layout, "precision": precision}
+        states = _states(drafter, model, target, corpus)
+        alike = [found.to_json() for found in agreements(drafter, DTYPES[precision], states)]
+        data = {"variants": drafter.config.variants, "agreement": alike}
         tell("writing", None)
-        with write_artifact(out, KIND, target.name, inputs, arguments, alike) as temporary:
-            write_eagle3(drafter, temporary, layout, precision, about)
-    report = artifact_report(read_artifact(out, KIND, verify=False), out)
-    return report.model_copy(update={"details": {**arguments, **alike}})
+        with write_artifact(out, KIND, target.name, inputs, arguments, data) as temporary:
+            write_eagle3(drafter, temporary, layout, precision, arguments["target"])
 
 
 def import_stage(
-    target: TargetFolder, source: Path, tap_ids: str | None, out: Path | None = None
+    target: TargetFolder,
+    source: Path,
+    tap_ids: str | None,
+    norm_output: str | None = None,
+    out: Path | None = None,
 ) -> ArtifactReport:
-    """Read a published EAGLE-3 checkpoint into a drafter artifact. Raises UsageError."""
-    from drafter.checkpoint import load_target, save_drafter
-    from drafter.published import read_eagle3
-
+    """Read a published EAGLE-3 checkpoint into a drafter artifact, or find it read. Raises
+    UsageError.
+    """
     if not (source / "config.json").is_file():
         raise UsageError(f"{source} has no config.json; give the folder of a checkpoint.")
     out = (out or target_workspace(target) / "drafter").resolve()
     refuse_foreign(out, DRAFTER_KIND)
+    inputs = {"target": target.fingerprint, "checkpoint": _checkpoint_hash(source)}
+    arguments = {"tap_ids": tap_ids, "norm_output": norm_output}
+    done = is_up_to_date(out, DRAFTER_KIND, inputs, arguments)
+    if not done:
+        _read(target, source, out, inputs, arguments)
+    found = read_drafter_config(out)
+    details = {
+        "head": found.head,
+        "taps": found.taps,
+        "variants": found.variants,
+        "draft_vocab_size": found.draft_vocab_size,
+    }
+    return _report(read_artifact(out, DRAFTER_KIND, verify=False), out, done, details)
+
+
+def _read(
+    target: TargetFolder,
+    source: Path,
+    out: Path,
+    inputs: dict[str, str],
+    arguments: dict[str, str | None],
+) -> None:
+    from drafter.checkpoint import load_target, save_drafter
+    from drafter.published import read_eagle3
+
     with progress("import-drafter") as tell:
         tell("loading target and drafter", None)
         model = load_target(target.path)
-        drafter = read_eagle3(source, model, tap_ids)
+        drafter = read_eagle3(source, model, arguments["tap_ids"], arguments["norm_output"])
         drafter.config = drafter.config.model_copy(
             update={"tokenizer_sha256": vocabulary_sha256(target.path / "tokenizer.json")}
         )
-        hashes = "".join(map(sha256_file, weight_files(source)))
-        inputs = {
-            "target": target.fingerprint,
-            "checkpoint": hashlib.sha256(hashes.encode()).hexdigest(),
-        }
-        arguments = {"tap_ids": tap_ids}
         with write_artifact(out, DRAFTER_KIND, target.name, inputs, arguments, {}) as temporary:
             widest = max((p.dtype for p in drafter.parameters()), key=lambda kind: kind.itemsize)
             save_drafter(drafter, temporary, widest)
-    found = drafter.config
-    report = artifact_report(read_artifact(out, DRAFTER_KIND, verify=False), out)
-    details = {"head": found.head, "taps": found.taps, "draft_vocab_size": found.draft_vocab_size}
-    return report.model_copy(update={"details": details})
 
 
-def _texts(target: TargetFolder) -> list[list[int]]:
+def _report(manifest: Manifest, out: Path, done: bool, details: dict[str, Any]) -> ArtifactReport:
+    report = artifact_report(manifest, out)
+    return report.model_copy(update={"up_to_date": done, "details": details})
+
+
+def _checkpoint_hash(folder: Path) -> str:
+    """Hex SHA-256 over a checkpoint's config and weights. Raises UsageError."""
+    hashes = "".join(map(sha256_file, (folder / "config.json", *weight_files(folder))))
+    return hashlib.sha256(hashes.encode()).hexdigest()
+
+
+def _captured_folder(corpus: Path, config: DrafterConfig, target: TargetFolder) -> Path:
+    """Where a corpus, or a training run, has its captured states. Raises UsageError."""
+    from drafter.capture import CAPTURED, is_captured_from
+    from drafter.corpus import shards
+
+    folder = corpus / CAPTURED if (corpus / CAPTURED).is_dir() else corpus
+    for path in shards(folder):
+        if not is_captured_from(path, config.taps, target.fingerprint):
+            raise UsageError(
+                f"{path} does not hold taps {list(config.taps)} of this target; give --corpus the "
+                "folder of `pipeline corpus --keep-states` or of a training run of this drafter."
+            )
+    return folder
+
+
+def _states(
+    drafter: Drafter, model: TargetDecoder, target: TargetFolder, corpus: Path | None
+) -> dict[str, Tensor]:
+    """What the head reads: of normal states, on a few prompts of our own, on a corpus."""
+    import torch
+
+    from drafter.agreement import captured_states, normal_states
+    from drafter.capture import capture, read_captured
+    from drafter.corpus import document
     from drafter.tokenizer import ChatTokenizer
 
     tokenizer = ChatTokenizer.load(target.path)
-    return [tokenizer.encode(prompt.text) for prompt in own_prompts(_PROMPTS).prompts]
-
-
-def agreement(drafter: Drafter, target: TargetDecoder, texts: list[list[int]]) -> dict[str, Any]:
-    """How often our head and the dense matrix written for others name the same best candidates, on
-    the drafter's states after every token of some texts: the best one, and all of the best 8.
-    """
-    import torch
-
-    from drafter.decoder import causal_mask
-    from drafter.heads.top_k import largest
-    from drafter.heads.truncated import TruncatedHead
-    from drafter.interop import dense_head
-
-    matrix = dense_head(drafter)
-    same, first, positions = 0, 0, 0
-    for text in texts:
-        ids, n = torch.tensor([text]), len(text)
-        with torch.no_grad():
-            past = target.empty_past(1)
-            where = torch.arange(n)[None]
-            taps = target(ids, where, causal_mask(1, n), past, past).taps
-            none = torch.zeros(1, 0, drafter.config.kv_size)
-            out = drafter.extend(
-                ids[:, 1:], taps[:, :-1], where[:, :-1], causal_mask(1, n - 1), none, none
-            )
-            h = drafter.head_input(out.state)[0]  # [n - 1, H]
-            ours = drafter.lm_head.top_k(h, _CANDIDATES).ids  # type: ignore[operator]
-            theirs = largest(h @ matrix.T, _CANDIDATES)[1]
-            if isinstance(drafter.lm_head, TruncatedHead):
-                theirs = drafter.lm_head.draft_ids[theirs]
-        first += int((ours[:, 0] == theirs[:, 0]).sum())
-        same += int((ours[:, :, None] == theirs[:, None]).sum())
-        positions += n - 1
-    return {
-        "top_1_agreement": first / positions,
-        "top_8_agreement": same / (_CANDIDATES * positions),
-        "positions": positions,
+    texts = [tokenizer.encode(prompt.text) for prompt in own_prompts(_PROMPTS).prompts]
+    found = {
+        "normal": normal_states(drafter),
+        "prompts": captured_states(
+            drafter, list(capture(model, [document(text, []) for text in texts]))
+        ),
     }
+    if corpus is not None:
+        found["corpus"] = captured_states(drafter, read_captured(corpus))
+    return {name: states.to(torch.float32) for name, states in found.items()}
+
+
+def said_of(agreements: list[dict[str, Any]]) -> list[str]:
+    """The comparisons in words, what is lost at the end."""
+    whose = {"written": "the dense matrix", "product": "the product of the factors"}
+    said = []
+    for row in agreements:
+        error = row["max_logit_error"]
+        said.append(
+            f"{whose[row['matrix']]} against our {row['against']}, {row['positions']} positions "
+            f"({row['states']}): same best token {row['top_1']:.2%}, same best 5 {row['top_5']:.2%}"
+            + ("" if error is None else f", largest score error {error:.2g}")
+        )
+    if any(row["matrix"] == "product" for row in agreements):
+        said.append(
+            "written are the target's rows, with which our head rescores: nothing but its speed is "
+            "lost; the product of its factors, without rescoring, would have drafted as the last "
+            "lines say"
+        )
+    return said

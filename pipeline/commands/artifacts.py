@@ -73,6 +73,14 @@ def export_drafter(
     precision: Annotated[
         str, o.option("--precision", help="fp16, bf16 or fp32.", default="bf16")
     ] = "bf16",
+    corpus: Annotated[
+        Path | None,
+        o.option(
+            "--corpus",
+            help="Compare on the states kept here too: a corpus with --keep-states, or the "
+            "`captured` folder of a training run.",
+        ),
+    ] = None,
     out: o.Out = None,
     offline: o.Offline = False,
     as_json: o.Json = False,
@@ -80,26 +88,22 @@ def export_drafter(
     """Write a drafter as an EAGLE-3 checkpoint for another engine. Prints its folder.
 
     Other engines know no low-rank head: it becomes one dense matrix, which drafts the same tokens
-    without SlimSpec's speed.
+    without SlimSpec's speed. How alike the two are is said, and stored in its manifest.json.
 
     \b
     Examples:
       pipeline export-drafter --format vllm
       pipeline export-drafter --format sglang --target ./my-llama --drafter ./my-drafter --out ./d
     """
-    from pipeline.interop import interop_stage
+    from pipeline.interop import interop_stage, said_of
     from pipeline.stages import fetch_target, find_drafter
 
     found = fetch_target(options(RunOptions, target=target).target, offline=o.offline(offline))
     folder = find_drafter(found, drafter)
-    report = interop_stage(found, folder, layout, precision, out)
+    report = interop_stage(found, folder, layout, precision, corpus=corpus, out=out)
     if not as_json:
-        said = report.details
-        note(
-            f"the dense matrix names the same best token at {said['top_1_agreement']:.1%} of "
-            f"{said['positions']} positions, {said['top_8_agreement']:.1%} of the best 8; it has "
-            "none of the low-rank head's speed"
-        )
+        for sentence in said_of(report.details["agreement"]):
+            note(sentence)
     print_artifact(report, as_json)
 
 
@@ -114,6 +118,15 @@ def import_drafter(
             default="input for speculators; must be said where others name layers",
         ),
     ] = None,
+    norm_output: Annotated[
+        str | None,
+        o.option(
+            "--norm-output",
+            help="What norm_output in its config means: fed-back (EAGLE-3.1, vLLM, SGLang) or head "
+            "(SpecForge).",
+            default="fed-back for speculators; must be said where others set it",
+        ),
+    ] = None,
     out: o.Out = None,
     offline: o.Offline = False,
     as_json: o.Json = False,
@@ -125,13 +138,18 @@ def import_drafter(
       pipeline import-drafter ./EAGLE3-llama --target ./my-llama --tap-ids input
       pipeline import-drafter ./speculator --target ./my-llama --out ./my-drafter
     """
+    from drafter.published import NORM_OUTPUT, TAP_IDS
     from pipeline.interop import import_stage
     from pipeline.stages import fetch_target
 
-    if tap_ids not in (None, "input", "output"):
-        raise UsageError(f"--tap-ids is '{tap_ids}'; it must be input or output.")
+    for name, value, known in (
+        ("tap-ids", tap_ids, TAP_IDS),
+        ("norm-output", norm_output, NORM_OUTPUT),
+    ):
+        if value is not None and value not in known:
+            raise UsageError(f"--{name} is '{value}'; it must be {' or '.join(known)}.")
     found = fetch_target(options(RunOptions, target=target).target, offline=o.offline(offline))
-    print_artifact(import_stage(found, source, tap_ids, out), as_json)
+    print_artifact(import_stage(found, source, tap_ids, norm_output, out), as_json)
 
 
 def build_engine(

@@ -10,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from drafter.config import RopeConfig
-from drafter.decoder import RMSNorm, causal_mask
+from drafter.config import VARIANTS, RopeConfig
 from drafter.errors import UsageError
 from drafter.interop import LAYOUTS, dense_head, write_eagle3
-from tests.tiny_drafter import VOCAB, tiny_drafter, tiny_target
+from drafter.unroll import unroll
+from tests.eagle3_reference import Reference
+from tests.tiny_drafter import FORMS, VOCAB, form, tiny_drafter, tiny_target
 
 TARGET = tiny_target()
 ABOUT = {"name": "org/tiny", "architectures": ["LlamaForCausalLM"]}
@@ -41,57 +42,29 @@ def test_the_dense_matrix_scores_as_the_head_does(changes: dict[str, Any]) -> No
     torch.testing.assert_close(h @ dense_head(drafter).T, wanted, atol=1e-5, rtol=1e-5)
 
 
-@torch.no_grad()
-def eagle3_logits(tensors: dict[str, Any], layer: str, tokens: torch.Tensor, taps: torch.Tensor):  # type: ignore[no-untyped-def]
-    """The EAGLE-3 forward from the paper's formulas and the published names alone, no cache."""
-    heads, kv_heads, size, eps = 4, 2, 8, 1e-5
-
-    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
-        module = RMSNorm(x.shape[-1], eps)
-        module.weight.copy_(tensors[name])
-        return module(x)
-
-    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
-        return x @ tensors[f"{layer}{name}.weight"].T
-
-    n = tokens.shape[0]
-    g = taps @ tensors["fc.weight"].T
-    e = TARGET.embed_tokens.weight[tokens]
-    u = torch.cat(
-        (norm(e, f"{layer}input_layernorm.weight"), norm(g, f"{layer}hidden_norm.weight")), -1
-    )
-    q, k, v = (linear(u, f"self_attn.{name}_proj").view(n, -1, size) for name in "qkv")
-    angles = torch.arange(n)[:, None] * 1000.0 ** (-torch.arange(0, size, 2) / size)
-    cos, sin = torch.cat((angles.cos(),) * 2, -1), torch.cat((angles.sin(),) * 2, -1)
-
-    def turn(x: torch.Tensor) -> torch.Tensor:
-        low, high = x.chunk(2, -1)
-        return x * cos[:, None] + torch.cat((-high, low), -1) * sin[:, None]
-
-    q, k = turn(q), turn(k).repeat_interleave(heads // kv_heads, 1)
-    v = v.repeat_interleave(heads // kv_heads, 1)
-    scores = torch.einsum("ihd,jhd->hij", q, k) / size**0.5
-    scores = scores.masked_fill(~torch.ones(n, n, dtype=torch.bool).tril(), float("-inf"))
-    y = torch.einsum("hij,jhd->ihd", scores.softmax(-1), v).reshape(n, -1)
-    a = g + linear(y, "self_attn.o_proj")
-    m = norm(a, f"{layer}post_attention_layernorm.weight")
-    gate = torch.nn.functional.silu(linear(m, "mlp.gate_proj"))
-    f = a + linear(gate * linear(m, "mlp.up_proj"), "mlp.down_proj")
-    return norm(f, "norm.weight") @ tensors["lm_head.weight"].T
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", FORMS)
 @torch.no_grad()
-def test_whoever_follows_the_formulas_gets_our_scores(layout: str, tmp_path: Path) -> None:
-    _, tensors = written(tmp_path, layout, rescore=0)
-    drafter = tiny_drafter(TARGET, rescore=0)
-    tokens, taps = torch.randint(0, VOCAB, (9,)), torch.randn(9, 3 * 32)
-    none = torch.zeros(1, 0, drafter.config.kv_size)
-    where, mask = torch.arange(9)[None], causal_mask(1, 9)
-    state = drafter.extend(tokens[None], taps[None], where, mask, none, none).state
-    wanted = drafter.lm_head.scores(drafter.head_input(state))[0]  # type: ignore[operator]
-    got = eagle3_logits(tensors, LAYOUTS[layout].layer, tokens, taps)
-    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+def test_whoever_follows_the_formulas_gets_our_scores(
+    name: str, layout: str, tmp_path: Path
+) -> None:
+    """Three draft steps, so that what is fed back counts; the variants are those of the config."""
+    if set(FORMS[name]) & set(LAYOUTS[layout].lacks):
+        with pytest.raises(UsageError, match=f"variant norm_.*, which {layout} does not compute"):
+            written(tmp_path, layout, rescore=0, **form(name))
+        assert not list(tmp_path.iterdir())
+        return
+    config, tensors = written(tmp_path, layout, rescore=0, **form(name))
+    said = tuple(variant for variant in VARIANTS if config[variant])
+    reference = Reference(tensors, TARGET.embed_tokens.weight, LAYOUTS[layout].layer, said)
+    ids, taps = torch.randint(0, VOCAB, (12,)), torch.randn(9, 3 * 32)
+    drafter = tiny_drafter(TARGET, rescore=0, **form(name))
+    more = torch.cat((taps, torch.zeros(3, 3 * 32)))
+    for state, got in zip(
+        unroll(drafter, ids[None], more[None], 3), reference.scores(ids[1:], taps, 3), strict=True
+    ):
+        wanted = drafter.lm_head.scores(drafter.head_input(state[0, :9]))  # type: ignore[operator]
+        torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_names_and_shapes_are_the_published_ones(tmp_path: Path) -> None:
@@ -121,9 +94,18 @@ def test_each_reader_gets_tap_ids_in_its_own_convention(tmp_path: Path) -> None:
     assert found == {"vllm": [2, 4, 5], "speculators": [2, 4, 5], "sglang": [1, 3, 4]}
 
 
-@pytest.mark.parametrize("layout", ["sglang", "speculators"])
-def test_maps_between_draft_and_target_ids_are_the_identity(tmp_path: Path, layout: str) -> None:
-    _, tensors = written(tmp_path, layout)
+def test_variants_bring_the_published_names(tmp_path: Path) -> None:
+    config, tensors = written(tmp_path, "vllm", **form("all-fc_norm"))
+    assert {f"fc_norm.{i}.weight" for i in range(3)} <= tensors.keys()
+    assert tensors["fc_norm.0.weight"].shape == (32,)
+    assert [config[name] for name in VARIANTS] == [True, False, True, True]
+    config, tensors = written(tmp_path, "vllm", **form("norm_before_fc"))
+    assert tensors["input_norm.weight"].shape == (96,)
+    assert config["norm_before_fc"] is config["eagle_config"]["norm_before_fc"] is True
+
+
+def test_maps_between_draft_and_target_ids_are_the_identity(tmp_path: Path) -> None:
+    _, tensors = written(tmp_path, "sglang")
     assert not tensors["d2t"].any()
     assert tensors["d2t"].dtype == torch.int64
     assert tensors["t2d"].all()
@@ -131,7 +113,10 @@ def test_maps_between_draft_and_target_ids_are_the_identity(tmp_path: Path, layo
 
 
 def test_speculators_names_the_layer_and_the_verifier_its_way(tmp_path: Path) -> None:
+    """It has the embedding too, and maps only where a vocabulary is left out."""
     config, tensors = written(tmp_path, "speculators")
+    assert torch.equal(tensors["embed_tokens.weight"], TARGET.embed_tokens.weight)
+    assert not {"d2t", "t2d"} & tensors.keys()
     assert "layers.0.self_attn.q_proj.weight" in tensors
     assert not any(name.startswith("midlayer") for name in tensors)
     assert config["speculators_config"]["verifier"]["name_or_path"] == "org/tiny"
@@ -152,4 +137,7 @@ def test_what_a_format_cannot_say_is_refused(tmp_path: Path) -> None:
         written(tmp_path, "gguf")
     with pytest.raises(UsageError, match="precision 'int3' is unknown"):
         write_eagle3(tiny_drafter(TARGET), tmp_path, "vllm", "int3", ABOUT)
+    narrow = {"head": "dense", "hidden_size": 16, "num_heads": 2, "num_kv_heads": 2}
+    with pytest.raises(UsageError, match="hidden size 16 is not its target's"):
+        written(tmp_path, "vllm", **narrow)
     assert not list(tmp_path.iterdir())

@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from drafter.config import RopeConfig
+from drafter.config import VARIANTS, RopeConfig
 from drafter.eagle3 import Drafter
 from drafter.errors import UsageError
 from drafter.heads.truncated import TruncatedHead
 from drafter.interop import LAYOUTS, write_eagle3
-from drafter.published import VARIANTS, read_eagle3
-from tests.tiny_drafter import VOCAB, tiny_drafter, tiny_target
+from drafter.published import read_eagle3
+from tests.tiny_drafter import FORMS, VOCAB, form, tiny_drafter, tiny_target
 
 TARGET = tiny_target()
 ABOUT = {"name": "org/tiny", "architectures": ["LlamaForCausalLM"]}
@@ -49,18 +49,30 @@ def edit(folder: Path, change: Any) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("head", HEADS)
-def test_what_was_written_is_read_back_to_the_bit(layout: str, head: str, tmp_path: Path) -> None:
-    made = published(tmp_path, layout, **HEADS[head])
-    found = read_eagle3(tmp_path, TARGET, CONVENTION[layout])
+ROUNDS = [
+    (layout, head, name)
+    for layout, engine in LAYOUTS.items()
+    for head in HEADS
+    for name, variants in FORMS.items()
+    if not set(variants) & set(engine.lacks)
+]
+
+
+@pytest.mark.parametrize(("layout", "head", "name"), ROUNDS)
+def test_what_was_written_is_read_back_to_the_bit(
+    layout: str, head: str, name: str, tmp_path: Path
+) -> None:
+    made = published(tmp_path, layout, **HEADS[head], **form(name))
+    meaning = None if layout == "speculators" or "norm_output" not in FORMS[name] else "fed-back"
+    found = read_eagle3(tmp_path, TARGET, CONVENTION[layout], meaning)
     assert found.config.taps == made.config.taps
     assert found.config.head == head
+    assert found.config.variants == FORMS[name]
     assert found.config.draft_vocab_size == made.config.draft_vocab_size
     wanted = made.state_dict()
     assert found.state_dict().keys() == wanted.keys()
-    for name, tensor in found.state_dict().items():
-        assert torch.equal(tensor, wanted[name]), name
+    for key, tensor in found.state_dict().items():
+        assert torch.equal(tensor, wanted[key]), key
 
 
 def test_other_prefixes_and_an_equal_embedding_are_the_same_drafter(tmp_path: Path) -> None:
@@ -94,12 +106,79 @@ def test_rope_is_that_of_the_checkpoint(tmp_path: Path) -> None:
     assert (rope.theta, rope.kind, rope.factor) == (5e5, "llama3", 8.0)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_variants_that_we_do_not_compute_are_refused(variant: str, tmp_path: Path) -> None:
-    published(tmp_path)
-    edit(tmp_path, lambda c, t: (c | {variant: True}, t))
-    with pytest.raises(UsageError, match=f"sets {variant}, a variant"):
+@pytest.mark.parametrize("prefix", ["midlayer.", "layers.0.", "model.midlayer.", "model.layers.0."])
+@pytest.mark.parametrize("embedding", ["in the file", "left out"])
+@pytest.mark.parametrize("head", ["in the file", "left out"])
+@pytest.mark.parametrize("maps", ["none", "identity"])
+def test_one_drafter_under_all_its_names(
+    prefix: str, embedding: str, head: str, maps: str, tmp_path: Path
+) -> None:
+    """Its embedding and head may lie in the file or be the target's; maps may say nothing new."""
+    made = published(tmp_path)
+
+    def change(config: Any, tensors: Any) -> Any:
+        outer = "model." if prefix.startswith("model.") else ""
+        own = {
+            name: tensor
+            for name, tensor in tensors.items()
+            if name != "lm_head.weight" or head == "in the file"
+        }
+        named = {
+            prefix + n.removeprefix("midlayer.") if n.startswith("midlayer.") else outer + n: t
+            for n, t in own.items()
+        }
+        if embedding == "in the file":
+            named[f"{outer}embed_tokens.weight"] = TARGET.embed_tokens.weight.clone()
+        if maps == "identity":
+            named["d2t"] = torch.zeros(VOCAB, dtype=torch.int64)
+            named["t2d"] = torch.ones(VOCAB, dtype=torch.bool)
+        return config, named
+
+    edit(tmp_path, change)
+    found = read_eagle3(tmp_path, TARGET, "input")
+    assert found.config.head == ("dense" if head == "in the file" else "target")
+    for name, tensor in found.state_dict().items():
+        assert torch.equal(tensor, made.state_dict()[name]), name
+
+
+def test_older_names_of_the_norms_are_the_same_variant(tmp_path: Path) -> None:
+    """An older SGLang says use_aux_norm and aux_norm_low, _mid, _high."""
+    made = published(tmp_path, **form("fc_norm"))
+
+    def change(config: Any, tensors: Any) -> Any:
+        for i, old in enumerate(("low", "mid", "high")):
+            tensors[f"aux_norm_{old}.weight"] = tensors.pop(f"fc_norm.{i}.weight")
+        del config["fc_norm"]
+        return config | {"use_aux_norm": True}, tensors
+
+    edit(tmp_path, change)
+    found = read_eagle3(tmp_path, TARGET, "input")
+    assert found.config.variants == ("fc_norm",)
+    assert made.fc_norm is not None
+    assert found.fc_norm is not None
+    for mine, its in zip(made.fc_norm.parameters(), found.fc_norm.parameters(), strict=True):
+        assert torch.equal(mine, its)
+
+
+def test_what_norm_output_means_is_asked_where_projects_disagree(tmp_path: Path) -> None:
+    """SpecForge norms the head's input with it, as everybody does anyway; engines feed it back."""
+    published(tmp_path, **form("norm_output"))
+    with pytest.raises(UsageError, match="sets norm_output; projects disagree"):
         read_eagle3(tmp_path, TARGET, "input")
+    assert read_eagle3(tmp_path, TARGET, "input", "fed-back").config.variants == ("norm_output",)
+    assert read_eagle3(tmp_path, TARGET, "input", "head").config.variants == ()
+    edit(tmp_path, lambda c, t: (c | {"norm_output": False}, t))
+    assert read_eagle3(tmp_path, TARGET, "input").config.variants == ()
+    with pytest.raises(UsageError, match="a head without a norm"):
+        read_eagle3(tmp_path, TARGET, "input", "head")
+
+
+@pytest.mark.parametrize("layout", ["vllm", "speculators"])
+def test_a_variant_that_a_config_does_not_name_is_off(layout: str, tmp_path: Path) -> None:
+    """As in the project whose config it is; vLLM alone reads speculators' otherwise."""
+    published(tmp_path, layout)
+    edit(tmp_path, lambda c, t: ({k: v for k, v in c.items() if k not in VARIANTS}, t))
+    assert read_eagle3(tmp_path, TARGET, CONVENTION["vllm"]).config.variants == ()
 
 
 @pytest.mark.parametrize(
@@ -112,7 +191,13 @@ def test_variants_that_we_do_not_compute_are_refused(variant: str, tmp_path: Pat
         ({"num_attention_heads": 0}, "num_attention_heads is 0"),
         ({"hidden_size": -1}, "hidden_size is -1"),
         ({"hidden_act": "gelu"}, "hidden_act to 'gelu', silu is needed"),
-        ({"eagle_config": {"norm_before_fc": True}}, "sets norm_before_fc"),
+        ({"eagle_config": {"eh_proj_before_attn": True}}, "sets eh_proj_before_attn, a form"),
+        ({"fc_norm": "yes"}, "fc_norm is 'yes', not true or false"),
+        ({"fc_norm": True, "norm_before_fc": True, "eagle_config": {}}, "exclude each other"),
+        ({"norm_before_fc": True, "eagle_config": {}}, r"Missing: input_norm\.weight"),
+        ({"vocab_size": 99}, "another target: its vocab_size is 99, the target's is 61"),
+        ({"target_hidden_size": 64}, "another target: its target_hidden_size is 64"),
+        ({"model_type": "slimspec"}, "a drafter of ours already; use it with --drafter"),
     ],
 )
 def test_a_config_that_cannot_be_is_one_sentence(
@@ -130,6 +215,8 @@ def test_a_config_that_cannot_be_is_one_sentence(
         ("fc.weight", torch.zeros(32, 96, dtype=torch.int8), "fc.weight is torch.int8"),
         ("d2t", torch.zeros(4, 4, dtype=torch.int64), "d2t is torch.int64"),
         ("d2t", torch.zeros(20), "d2t is torch.float32"),
+        ("fc.weight", torch.zeros(32, 128), r"\[32, 128\], but 3 taps of this target are 96 wide"),
+        ("lm_head.weight", torch.zeros(60, 32), r"\[60, 32\], the config needs \[61, 32\]"),
     ],
 )
 def test_tensors_that_cannot_be_are_one_sentence(

@@ -28,8 +28,13 @@ def test_a_drafter_is_written_for_another_engine(
     )
     assert result.code == 0, result.err
     assert result.json["path"] == str(out)
-    assert 0.0 < result.json["details"]["top_8_agreement"] <= 1.0
-    assert result.json["details"]["positions"] > 20
+    rows = result.json["details"]["agreement"]
+    assert [(row["matrix"], row["against"], row["states"]) for row in rows] == [
+        (matrix, against, states)
+        for matrix, against in (("written", "head"), ("product", "factors"), ("product", "head"))
+        for states in ("normal", "prompts")
+    ]
+    assert rows[1]["positions"] > 20
     config = json.loads((out / "config.json").read_text())
     weights = load_file(out / "model.safetensors")
     assert weights["lm_head.weight"].shape[0] == config["draft_vocab_size"]

@@ -140,6 +140,16 @@ def load_drafter(
     return model.eval()
 
 
+def check_weights(folder: Path) -> None:
+    """Whether a native drafter's weights are whole and fit its config; needs no target. Raises
+    UsageError.
+    """
+    config = read_drafter_config(folder)
+    with torch.device("meta"):
+        model = Drafter(config, torch.empty(config.vocab_size, config.target_hidden_size))
+    fill(model, dict(read_tensors(folder)), folder)
+
+
 def check_fits(config: DrafterConfig, target: TargetConfig, where: Path) -> None:
     """A drafter belongs to one target: vocabulary, hidden size and depth must agree. Raises
     UsageError.

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from drafter.eagle3 import Drafter
 
 KIND = "eagle3"
-_PROMPTS = 4
+_PROMPTS = 16
 
 
 def interop_stage(
@@ -42,13 +42,14 @@ def interop_stage(
     layout: str,
     precision: str,
     *,
+    verifier: str | None = None,
     corpus: Path | None = None,
     out: Path | None = None,
 ) -> ArtifactReport:
     """Write the drafter in `folder` as an EAGLE-3 checkpoint, or find it written.
 
-    `corpus`: a folder with captured states, on which the two heads are compared as well. Raises
-    UsageError.
+    `verifier`: what a checkpoint of speculators calls its target. `corpus`: a folder with captured
+    states, on which the two heads are compared as well. Raises UsageError.
     """
     from drafter.interop import check_format
 
@@ -56,12 +57,12 @@ def interop_stage(
     check_format(layout, precision, config)
     out = (out or target_workspace(target) / f"drafter-{layout}").resolve()
     refuse_foreign(out, KIND)
-    about = {
-        "name": target.source or target.name,
-        "architectures": read_json(target.path / "config.json").get("architectures", []),
-    }
     inputs = {"target": target.fingerprint, "drafter": _checkpoint_hash(folder)}
-    arguments = {"format": layout, "precision": precision, "target": about}
+    arguments = {"format": layout, "precision": precision}
+    if layout == "speculators":
+        arguments["verifier"] = verifier or _public_name(target)
+    elif verifier is not None:
+        raise UsageError(f"--verifier is for --format speculators, not for {layout}; drop it.")
     if corpus is not None:
         corpus = _captured_folder(corpus, config, target)
         inputs["corpus"] = corpus_fingerprint(corpus)
@@ -77,7 +78,7 @@ def _write(
     folder: Path,
     out: Path,
     inputs: dict[str, str],
-    arguments: dict[str, Any],
+    arguments: dict[str, str],
     corpus: Path | None,
 ) -> None:
     from drafter.agreement import agreements
@@ -93,9 +94,13 @@ def _write(
         states = _states(drafter, model, target, corpus)
         alike = [found.to_json() for found in agreements(drafter, DTYPES[precision], states)]
         data = {"variants": drafter.config.variants, "agreement": alike}
+        about = {
+            "name": arguments.get("verifier"),
+            "architectures": read_json(target.path / "config.json").get("architectures", []),
+        }
         tell("writing", None)
         with write_artifact(out, KIND, target.name, inputs, arguments, data) as temporary:
-            write_eagle3(drafter, temporary, layout, precision, arguments["target"])
+            write_eagle3(drafter, temporary, layout, precision, about)
 
 
 def import_stage(
@@ -147,6 +152,14 @@ def _read(
         with write_artifact(out, DRAFTER_KIND, target.name, inputs, arguments, {}) as temporary:
             widest = max((p.dtype for p in drafter.parameters()), key=lambda kind: kind.itemsize)
             save_drafter(drafter, temporary, widest)
+
+
+def _public_name(target: TargetFolder) -> str:
+    """A name that other projects can load the target by: its Hugging Face id, else its folder."""
+    from drafter.sources.hub import HUB_ID
+
+    is_id = HUB_ID.fullmatch(target.source) and not Path(target.source).exists()
+    return target.source.partition("@")[0] if is_id else str(target.path.resolve())
 
 
 def _report(manifest: Manifest, out: Path, done: bool, details: dict[str, Any]) -> ArtifactReport:
@@ -210,10 +223,11 @@ def said_of(agreements: list[dict[str, Any]]) -> list[str]:
             f"({row['states']}): same best token {row['top_1']:.2%}, same best 5 {row['top_5']:.2%}"
             + ("" if error is None else f", largest score error {error:.2g}")
         )
-    if any(row["matrix"] == "product" for row in agreements):
+    lost = [row for row in agreements if (row["matrix"], row["against"]) == ("product", "head")]
+    if lost:
         said.append(
-            "written are the target's rows, with which our head rescores: nothing but its speed is "
-            "lost; the product of its factors, without rescoring, would have drafted as the last "
-            "lines say"
+            "our head rescores its candidates with the target's own rows, so those were written; "
+            "where the best differs, it lies outside of our preview. The product of the factors "
+            f"alone would name our best token at {lost[-1]['top_1']:.2%} of {lost[-1]['states']}"
         )
-    return said
+    return [*said, "the dense matrix has none of the low-rank head's speed"]

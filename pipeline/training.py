@@ -167,12 +167,11 @@ def _start_fingerprint(start: Path, out: Path) -> str:
     """Hex SHA-256 of the weights that training goes on from. Raises UsageError for a damaged
     drafter, or when the result would replace it.
     """
-    from drafter.checkpoint import read_tensors
+    from drafter.checkpoint import check_weights
 
     if start.resolve() == out.resolve():
         raise UsageError(f"--start and --out are both {out}; give another --out folder.")
-    for _ in read_tensors(start):  # a damaged file is found now, not after the capture
-        pass
+    check_weights(start)  # found now, not after the capture
     hashes = "".join(map(sha256_file, weight_files(start)))
     return hashlib.sha256(hashes.encode()).hexdigest()
 

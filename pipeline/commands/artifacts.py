@@ -73,6 +73,14 @@ def export_drafter(
     precision: Annotated[
         str, o.option("--precision", help="fp16, bf16 or fp32.", default="bf16")
     ] = "bf16",
+    verifier: Annotated[
+        str | None,
+        o.option(
+            "--verifier",
+            help="speculators: what the checkpoint calls its target.",
+            default="its Hugging Face id or its folder",
+        ),
+    ] = None,
     corpus: Annotated[
         Path | None,
         o.option(
@@ -100,7 +108,9 @@ def export_drafter(
 
     found = fetch_target(options(RunOptions, target=target).target, offline=o.offline(offline))
     folder = find_drafter(found, drafter)
-    report = interop_stage(found, folder, layout, precision, corpus=corpus, out=out)
+    report = interop_stage(
+        found, folder, layout, precision, verifier=verifier, corpus=corpus, out=out
+    )
     if not as_json:
         for sentence in said_of(report.details["agreement"]):
             note(sentence)

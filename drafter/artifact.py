@@ -114,6 +114,7 @@ def write_artifact(
         temporary, lock = _locked_folder(destination)
         try:
             yield temporary
+            _make_readable(temporary)
             manifest = Manifest(
                 kind=kind,
                 name=name,
@@ -316,6 +317,14 @@ def _kind_of(folder: Path) -> str | None:
         return begins[1].decode() if begins else None
     ours = isinstance(content, dict) and "schema" in content and "kind" in content
     return str(content["kind"]) if ours else None
+
+
+def _make_readable(folder: Path) -> None:
+    """Files as readable as the manifest: safetensors writes private ones, which a server that runs
+    as another user could not open.
+    """
+    for path in folder.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
 
 
 def _record_files(folder: Path) -> dict[str, FileRecord]:

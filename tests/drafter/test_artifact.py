@@ -39,6 +39,15 @@ def write(folder: Path, text: str = "weights", **changes: Any) -> None:
         (temporary / "sub" / "empty.json").write_text("")
 
 
+def test_what_was_written_can_be_read_by_others(tmp_path: Path) -> None:
+    """Some libraries write files that only their owner may read."""
+    with write_artifact(tmp_path / "out", "graphs", "tiny", {}, {}, {}) as temporary:
+        (temporary / "sub").mkdir(mode=0o700)
+        (temporary / "sub" / "model.bin").touch(mode=0o600)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").rglob("*")}
+    assert modes == {MANIFEST: 0o644, "sub": 0o755, "model.bin": 0o644}
+
+
 def edit_manifest(folder: Path, **changes: Any) -> None:
     content = json.loads((folder / MANIFEST).read_text()) | changes
     (folder / MANIFEST).write_text(json.dumps(content))

@@ -58,6 +58,12 @@ def copy_body(drafter: Drafter, other: Drafter) -> None:
     """Take over everything but the head from another drafter of this target. Raises UsageError for
     another shape.
     """
+    mine, its = drafter.config.variants, other.config.variants
+    if mine != its:
+        raise UsageError(
+            f"The drafter to take the layer from has the variants {list(its)}; {list(mine)} are "
+            "needed."
+        )
     head = "lm_head."
     body = {name: w for name, w in other.state_dict().items() if not name.startswith(head)}
     needed = {name: w for name, w in drafter.state_dict().items() if not name.startswith(head)}

@@ -51,22 +51,26 @@ def tiny_target(seed: int = 0, **changes: Any) -> TargetDecoder:
     return target.eval().requires_grad_(False)
 
 
-def tiny_drafter(target: TargetDecoder, seed: int = 0, **changes: Any) -> Drafter:
-    """A random drafter of the target, norms around one; `changes` go to its config."""
+def tiny_drafter(
+    target: TargetDecoder, seed: int = 0, *, norms: bool = False, **changes: Any
+) -> Drafter:
+    """A random drafter of the target; `changes` go to its config. Its norms are one, or with
+    `norms` around one, so that no two of them can be mistaken for each other.
+    """
     config: DrafterConfig = drafter_config_for(target.config, **({"top_k": 6} | changes))
     torch.manual_seed(seed)
     drafter = Drafter(config, target.embed_tokens.weight, target.lm_head.weight)
     for module in drafter.modules():
         if isinstance(module, torch.nn.Linear):
             torch.nn.init.normal_(module.weight, std=0.2)
-        if isinstance(module, RMSNorm):
+        if norms and isinstance(module, RMSNorm):
             torch.nn.init.normal_(module.weight, mean=1.0, std=0.2)
     return drafter.eval()
 
 
 def form(name: str) -> dict[str, bool]:
-    """The changes to a config that make it one of `FORMS`."""
-    return dict.fromkeys(FORMS[name], True)
+    """What makes a tiny drafter one of `FORMS`, with norms that can be told apart."""
+    return {"norms": True} | dict.fromkeys(FORMS[name], True)
 
 
 def tiny_documents(count: int, seed: int = 0) -> list[Document]:

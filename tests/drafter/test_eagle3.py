@@ -83,6 +83,18 @@ def test_a_variant_that_is_off_leaves_config_files_as_they_were(tmp_path: Path) 
         assert load_drafter(folder, TARGET).config.variants == FORMS[name]
 
 
+def test_a_layer_is_taken_over_from_a_drafter_of_the_same_variants_only() -> None:
+    """Two of them have no weights: shapes alone would not tell."""
+    body = tiny_drafter(TARGET, norm_output=True)
+    config = tiny_drafter(TARGET, head="target", norm_output=True).config
+    taken = start_drafter(config, TARGET, body=body)
+    assert torch.equal(taken.fc.weight, body.fc.weight)
+    for other in ({}, {"norm_before_residual": True}):
+        config = tiny_drafter(TARGET, head="target", **other).config
+        with pytest.raises(UsageError, match=r"has the variants \['norm_output'\]"):
+            start_drafter(config, TARGET, body=body)
+
+
 @torch.no_grad()
 def test_step_differs_from_extend_even_when_the_widths_agree() -> None:
     """With one tap, taps and state have the same width; only `extend` may pass through `fc`."""

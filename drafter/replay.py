@@ -70,7 +70,7 @@ def _survival(
     columns = []
     for k in range(steps):
         accepted, weight = [], []
-        for n in starts.split(_ROWS):
+        for n in torch.split(starts, _ROWS):
             h = drafter.head_input(drafted[k, n - 1])  # slot n-1 holds the root's step-0 state
             said = document.ids[n + 1 + k]
             pair = _accepted(drafter, h, document.states[n + k], said, temperature)

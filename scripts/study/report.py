@@ -100,7 +100,7 @@ def _budget(study: Study, results: Results) -> str:
     steps = sorted({row["steps"] for row in runs})
     return (
         f"{len(runs)} runs of {steps[0]} steps ({study.tokens:,} tokens, one pass, batches of "
-        f"{study.batch_tokens} tokens, peak rate {study.learning_rate:g}); chains of {CHAIN} tokens."
+        f"{study.batch_tokens} tokens, peak rate {study.learning_rate:g}); chains of {CHAIN}."
     )
 
 

@@ -2,9 +2,9 @@
 
     k* = argmax U(k)  subject to  C(k) >= c_min
     U(k) = a C(k) + (1 - a) R(k),    R(k) = 1 - T(k) / T(V)
-C(k) is the share of the counted tokens that the k chosen ones hold, T(k) the time of a drafter step
-(layer and head) that drafts k of the V tokens. With a = 1/2 a token pays for its row when its share
-of the text exceeds its share of the step.
+C(k) is the share of the answers' tokens that k drafted ones make up, T(k) the time of a drafter
+step (layer and head) with k of the V tokens; which k they are, a ranking says. With a = 1/2 a token
+pays for its row when its share of the text exceeds its row's share of the step.
 
 The search is Optuna's tree-structured Parzen estimator, as in the paper, over the logarithm of k;
 the smallest size that covers enough is tried first, since the best one often lies there.

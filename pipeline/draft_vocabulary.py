@@ -8,8 +8,8 @@ drafter's manifest records how it was found.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 AUTO, DRAFTED = "auto", "drafted"
 SEARCH_OPTIONS = frozenset({"min_coverage", "coverage_weight", "vocab_latency"})
 _FILE = "draft_vocabulary.json"
-_DRAFTED_DOCUMENTS = 200  # at most so many are drafted on for the counts
+_DRAFTED_DOCUMENTS = 100  # at most so many are drafted on for the counts
 _TIMED_SIZES = 6  # heads that are timed between the least size and the whole vocabulary
 _TIMED_STATES = 4  # states of a tree level
 
@@ -74,87 +74,96 @@ def vocabulary_inputs(options: DrafterOptions, target: TargetFolder, out: Path) 
     return {"vocab_drafter": weights_fingerprint(folder)}
 
 
+@dataclass(frozen=True)
+class Material:
+    """What a draft vocabulary is chosen from: the training documents, whose answers say what is
+    covered, and those held out, on which that is measured. `steps`: draft steps that are counted
+    where a drafter's proposals are.
+    """
+
+    target: TargetFolder
+    config: DrafterConfig
+    documents: Sequence[Captured]
+    held_out: Sequence[Captured]
+    steps: int
+
+
 def draft_vocabulary(
-    target: TargetFolder,
-    config: DrafterConfig,
-    options: DrafterOptions,
-    documents: Sequence[Captured],
-    steps: int,
-    run: Path,
+    material: Material, options: DrafterOptions, run: Path
 ) -> tuple[Tensor, dict[str, Any]]:
     """The ids of a truncated head, int64 [Vd], rising, and the record of how they were found.
 
-    `steps` is how many draft steps are counted where a drafter's proposals are. Raises UsageError.
+    Raises UsageError.
     """
     import torch
 
     path = run / _FILE
     if not path.exists():
-        ids, record = _choose(target, config, options, documents, steps)
+        ids, record = _choose(material, options)
         atomic_write_json(path, {"ids": ids.tolist(), "record": record})
     found = read_json(path)
     return torch.tensor(found["ids"]), found["record"]
 
 
-def _choose(
-    target: TargetFolder,
-    config: DrafterConfig,
-    options: DrafterOptions,
-    documents: Sequence[Captured],
-    steps: int,
-) -> tuple[Tensor, dict[str, Any]]:
+def _choose(material: Material, options: DrafterOptions) -> tuple[Tensor, dict[str, Any]]:
     from drafter.tokenizer import ChatTokenizer
-    from drafter.vocabulary import coverage, frequent_ids
+    from drafter.vocabulary import coverage, frequent_ids, ranked_ids
 
-    tokenizer = ChatTokenizer.load(target.path)
+    config = material.config
+    tokenizer = ChatTokenizer.load(material.target.path)
     needed = tokenizer.eos_ids | {i for i in tokenizer.special_ids if i < config.vocab_size}
-    counts = _counts(target, config, options, documents, steps)
+    answers = _said(material, material.documents, "answers")
+    counts = _counts(material, options)
     record: dict[str, Any] = {"from": options.draft_vocab_from}
     size = config.draft_vocab_size or 0
     if options.draft_vocab == AUTO:
-        best, tried = _searched(config, options, counts, needed)
+        best, tried = _searched(config, options, ranked_ids(counts, needed), answers, len(needed))
         size = best.size
         record |= {"utility": best.utility, "saved": best.saved, "tried": list(map(asdict, tried))}
-        note(f"the draft vocabulary has {size} tokens, utility {best.utility:.4f}")
     ids = frequent_ids(counts, size, needed)
-    record |= {"size": size, "coverage": coverage(counts, ids)}
-    note(f"the draft vocabulary holds {record['coverage']:.2%} of what was counted")
+    held_out = coverage(_said(material, material.held_out, "answers"), ids)
+    record |= {"size": size, "coverage": coverage(answers, ids), "held_out_coverage": held_out}
+    note(
+        f"the draft vocabulary's {size} tokens are {record['coverage']:.2%} of the answers', "
+        f"{held_out:.2%} of those held out"
+    )
     return ids, record
 
 
-def _counts(
-    target: TargetFolder,
-    config: DrafterConfig,
-    options: DrafterOptions,
-    documents: Sequence[Captured],
-    steps: int,
-) -> Tensor:
-    from drafter.checkpoint import load_drafter, load_target
+def _said(material: Material, documents: Sequence[Captured], source: str) -> Tensor:
     from drafter.corpus import Document
-    from drafter.vocabulary import drafted_counts, token_counts
+    from drafter.vocabulary import token_counts
+
+    texts = (Document(document.ids, document.mask) for document in documents)
+    return token_counts(texts, material.config.vocab_size, source)
+
+
+def _counts(material: Material, options: DrafterOptions) -> Tensor:
+    """What ranks the tokens: int64 [V]."""
+    from drafter.checkpoint import load_drafter, load_target
+    from drafter.vocabulary import drafted_counts
 
     if options.draft_vocab_from != DRAFTED:
-        texts = (Document(document.ids, document.mask) for document in documents)
-        return token_counts(texts, config.vocab_size, options.draft_vocab_from)
-    folder = find_drafter(target, options.vocab_drafter)
-    drafter = load_drafter(folder, load_target(target.path, config.taps))
-    if drafter.config.taps != config.taps:
+        return _said(material, material.documents, options.draft_vocab_from)
+    taps = material.config.taps
+    folder = find_drafter(material.target, options.vocab_drafter)
+    drafter = load_drafter(folder, load_target(material.target.path, taps))
+    if drafter.config.taps != taps:
         raise UsageError(
             f"the drafter in {folder} reads taps {list(drafter.config.taps)}, the one to train "
-            f"{list(config.taps)}; give the same --taps or another --vocab-drafter."
+            f"{list(taps)}; give the same --taps or another --vocab-drafter."
         )
-    return drafted_counts(drafter, documents[:_DRAFTED_DOCUMENTS], steps)
+    return drafted_counts(drafter, material.documents[:_DRAFTED_DOCUMENTS], material.steps)
 
 
 def _searched(
-    config: DrafterConfig, options: DrafterOptions, counts: Tensor, needed: Iterable[int]
+    config: DrafterConfig, options: DrafterOptions, ranked: Tensor, answers: Tensor, needed: int
 ) -> tuple[SizeTrial, list[SizeTrial]]:
-    from drafter.vocabulary import ranked_ids
     from drafter.vocabulary_size import Tradeoff, coverage_curve, search_size
 
-    least = max(len(set(needed)) + 1, config.top_k)
+    least = max(needed + 1, config.top_k)
     tradeoff = Tradeoff(
-        coverage_curve(counts, ranked_ids(counts, needed)),
+        coverage_curve(answers, ranked),
         _step_time(config, options.vocab_latency, least),
         options.coverage_weight,
         options.min_coverage,

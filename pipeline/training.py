@@ -42,6 +42,7 @@ from pipeline.config import DrafterOptions, TrainOptions
 from pipeline.corpora import corpus_fingerprint, dialogues_corpus
 from pipeline.draft_vocabulary import (
     AUTO,
+    Material,
     check_vocabulary_options,
     draft_vocabulary,
     vocabulary_arguments,
@@ -110,9 +111,8 @@ def _train_stage(options: TrainOptions, share: Share, offline: bool | None) -> A
         vocabulary: dict[str, Any] = {}
         if config.head == "truncated" and options.start is None:
             with share.in_turn():
-                draft_ids, vocabulary = draft_vocabulary(
-                    target, config, options, documents, training.draft_steps, run
-                )
+                material = Material(target, config, documents, held_out, training.draft_steps)
+                draft_ids, vocabulary = draft_vocabulary(material, options, run)
             config = config.model_copy(update={"draft_vocab_size": len(draft_ids)})
         drafter = _train(target, config, options, training, documents, draft_ids, run, share)
     if not share.first:

@@ -153,7 +153,7 @@ def train(
         float | None,
         o.option(
             "--min-coverage",
-            help="auto: least share of the counted tokens that can be drafted.",
+            help="auto: least share of the answers' tokens that can be drafted.",
             default=default(DrafterOptions, "min_coverage"),
         ),
     ] = None,

@@ -94,12 +94,14 @@ def _train_stage(options: TrainOptions, share: Share, offline: bool | None) -> A
     inputs |= vocabulary_inputs(options, target, out)
     if options.start is not None:
         inputs["start"] = _start_fingerprint(find_drafter(target, options.start), out)
-    arguments = {
+    arguments: dict[str, Any] = {
         "drafter": config.model_dump(mode="json"),
         "training": training.model_dump(mode="json"),
         **options.model_dump(include={"head_init", "from_target", "holdout"}),
         **vocabulary_arguments(options),
     }
+    if options.draft_vocab == AUTO:  # what was asked for; what was found is in the data
+        arguments["drafter"]["draft_vocab_size"] = AUTO
     if is_up_to_date(out, DRAFTER_KIND, inputs, arguments):
         return _report(out, up_to_date=True)
     with disk_full_as_error(run):

@@ -320,6 +320,7 @@ def test_the_size_of_a_draft_vocabulary_is_searched_for_and_recorded(
     manifest = read_artifact(out, "drafter")
     asked = ("draft_vocab", "draft_vocab_from", "min_coverage", "coverage_weight", "vocab_latency")
     assert [manifest.arguments[name] for name in asked] == ["auto", "answers", 0.9, 0.5, latency]
+    assert manifest.arguments["drafter"]["draft_vocab_size"] == "auto"
     found = manifest.data["draft_vocabulary"]
     assert found["coverage"] >= 0.9
     assert found["utility"] == max(

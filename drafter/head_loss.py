@@ -1,6 +1,7 @@
 """The loss of K draft steps from their scores, in row chunks, with gradients in closed form.
 
-`eager_loss` is the readable form; `chunked_loss` gives the same value and gradients. Scores may be
+`eager_loss` is the readable form; `chunked_loss` gives the same value and gradients, on CUDA by one
+kernel (`drafter.triton_loss`) where that has the loss. Scores may be
 bfloat16; each chunk is worked on in float32 while it is in cache, and the teacher's law of a chunk
 is shared by all steps. Scores are [N, C] over sampled vocabulary rows (`drafter.row_sample`); the
 result is sum_k mean over N of weight_k * loss_k. Weights of the draft steps: `geometric`,
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drafter.losses import Laws, Loss, alpha, cross_entropy
+from drafter.losses import Laws, Loss, Mix, alpha, cross_entropy
 from drafter.parallel import ALONE, Share
 
 
@@ -174,6 +175,24 @@ def chunk_gradients(
     return total, made
 
 
+def on_cuda(tensor: Tensor) -> bool:
+    """Whether the kernel can be used on it."""
+    return tensor.is_cuda
+
+
+def fused_mixes(
+    teacher_scores: Tensor, objective: Objective, alphas: Sequence[float], kept: Tensor | None
+) -> list[Mix] | None:
+    """What the kernel of `drafter.triton_loss` computes at every draft step; None where it does not
+    apply: off CUDA, for a loss that is no `Mix`, a truncated head, or weights of single positions.
+    """
+    mix = objective.loss.mix
+    by_step = objective.step_weights.floor is None
+    if mix is None or kept is not None or not by_step or not on_cuda(teacher_scores):
+        return None
+    return [mix(alpha) for alpha in alphas]
+
+
 class _ChunkedLoss(torch.autograd.Function):
     """Takes the gradients in the forward pass, chunk by chunk; backward only scales them.
 
@@ -193,6 +212,16 @@ class _ChunkedLoss(torch.autograd.Function):
         kept: Tensor | None,
         *scores: Tensor,
     ) -> Tensor:
+        mixes = fused_mixes(teacher_scores, objective, alphas, kept)
+        if mixes is not None:
+            from drafter.triton_loss import fused_gradients
+
+            scales = [weight / count for weight in objective.step_weights.by_step]
+            found = fused_gradients(scores, teacher_scores, log_weight, mixes, scales)
+            if not objective.loss.uses_alpha:
+                sums[:] = found.alphas
+            ctx.save_for_backward(*found.gradients)
+            return torch.tensor(found.value)
         gradients = [torch.empty_like(z) for z in scores]
         total = 0.0
         for part in parts(len(teacher_scores), chunk):

@@ -147,10 +147,24 @@ def _lk_hybrid_gradient(laws: Laws, mean_alpha: float) -> Tensor:
     return total_variation_gradient(laws).mul_(1.0 - lam).add_(kl_gradient(laws), alpha=lam)
 
 
+class Mix(NamedTuple):
+    """kl KL(p||q) + tv TV(p, q) - minus_log_alpha log alpha."""
+
+    kl: float = 0.0
+    tv: float = 0.0
+    minus_log_alpha: float = 0.0
+
+
+def _lk_mix(mean_alpha: float) -> Mix:
+    lam = lk_lambda(mean_alpha)
+    return Mix(kl=lam, tv=1.0 - lam)
+
+
 @dataclass(frozen=True)
 class Loss:
     """`value(laws, mean_alpha)` -> [N]; `gradient(laws, mean_alpha)` -> [N, V], with respect to
-    q's scores.
+    q's scores. `mix(mean_alpha)` says what the same is made of, where it is a `Mix`: those have a
+    kernel (`drafter.triton_loss`).
 
     `mean_alpha` is the draft step's mean alpha over batch and sequence, a constant without
     gradient; `uses_alpha` says whether the loss depends on it.
@@ -159,26 +173,37 @@ class Loss:
     value: Callable[[Laws, float], Tensor]
     gradient: Callable[[Laws, float], Tensor]
     uses_alpha: bool = False
+    mix: Callable[[float], Mix] | None = None
 
 
 _Value = Callable[[Tensor, Tensor], Tensor]
 
 
-def _against_p(value: _Value, gradient: Callable[[Laws], Tensor]) -> Loss:
+def _against_p(value: _Value, gradient: Callable[[Laws], Tensor], mix: Mix) -> Loss:
     """A loss of acceptance: what cannot be drafted counts."""
-    return Loss(lambda laws, _: value(laws.log_p, laws.log_q), lambda laws, _: gradient(laws))
+    return Loss(
+        lambda laws, _: value(laws.log_p, laws.log_q),
+        lambda laws, _: gradient(laws),
+        mix=lambda _: mix,
+    )
 
 
-def _against_r(value: _Value, gradient: Callable[[Laws], Tensor]) -> Loss:
+def _against_r(
+    value: _Value, gradient: Callable[[Laws], Tensor], mix: Callable[[float], Mix] | None = None
+) -> Loss:
     """A loss of likelihood: infinite for what cannot be drafted, so the target is renormalised."""
-    return Loss(lambda laws, _: value(laws.log_r, laws.log_q), lambda laws, _: gradient(laws))
+    return Loss(
+        lambda laws, _: value(laws.log_r, laws.log_q), lambda laws, _: gradient(laws), mix=mix
+    )
 
 
 LOSSES: dict[str, Loss] = {
-    "kl": _against_r(forward_kl, kl_gradient),
-    "lk_hybrid": Loss(_lk_hybrid, _lk_hybrid_gradient, uses_alpha=True),
-    "lk_alpha": _against_p(negative_log_alpha, negative_log_alpha_gradient),
-    "tv": _against_p(total_variation, total_variation_gradient),
+    "kl": _against_r(forward_kl, kl_gradient, lambda _: Mix(kl=1.0)),
+    "lk_hybrid": Loss(_lk_hybrid, _lk_hybrid_gradient, uses_alpha=True, mix=_lk_mix),
+    "lk_alpha": _against_p(
+        negative_log_alpha, negative_log_alpha_gradient, Mix(minus_log_alpha=1.0)
+    ),
+    "tv": _against_p(total_variation, total_variation_gradient, Mix(tv=1.0)),
     "ce": Loss(
         lambda laws, _: cross_entropy(laws.log_r, laws.log_q, laws.log_weight),
         lambda laws, _: kl_gradient(laws),

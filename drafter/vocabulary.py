@@ -1,21 +1,27 @@
 """Which tokens a truncated head may draft: the most frequent ones of a text, and those that no chat
 can do without.
 
-`corpus` counts every token of the corpus, as FR-Spec does (arXiv 2502.14856); `answers` only those
-that the target itself said, VocabTrim's target-generated calibration (2506.22694).
+`corpus` counts every token of the corpus, as FR-Spec does (arXiv 2502.14856); the other two are
+VocabTrim's calibrations (2506.22694): `answers` counts what the target itself said, `drafted` what
+a drafter proposes. How many tokens to take can be searched for (`drafter.vocabulary_size`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from drafter.batches import collate, supervised_positions
+from drafter.capture import Captured
 from drafter.corpus import Document
+from drafter.eagle3 import Drafter
 from drafter.errors import UsageError
+from drafter.unroll import unroll
 
-SOURCES = ("corpus", "answers")
+SOURCES = ("corpus", "answers")  # of `token_counts`; `drafted` has `drafted_counts`
+PROPOSALS = 4  # counted at a position: as many as the default tree expands
 
 
 def token_counts(documents: Iterable[Document], vocab_size: int, source: str) -> Tensor:
@@ -29,6 +35,32 @@ def token_counts(documents: Iterable[Document], vocab_size: int, source: str) ->
     return counts
 
 
+@torch.no_grad()
+def drafted_counts(
+    drafter: Drafter, documents: Sequence[Captured], steps: int, batch: int = 8
+) -> Tensor:
+    """How often each token is among the drafter's `PROPOSALS` best: int64 [V].
+
+    Teacher-forced over the answers of documents, `steps` draft steps at each position.
+    """
+    counts = torch.zeros(drafter.config.vocab_size, dtype=torch.int64)
+    for start in range(0, len(documents), batch):
+        b = collate(documents[start : start + batch])
+        rows, positions = supervised_positions(b.mask, steps)
+        for k, state in enumerate(unroll(drafter, b.ids, b.taps, steps)):
+            for some in torch.split(state[rows, positions - 1 - k], 256):  # [n, H]
+                best = drafter.lm_head.top_k(drafter.head_input(some), PROPOSALS)  # type: ignore[operator]
+                counts += torch.bincount(best.ids.flatten(), minlength=len(counts))
+    return counts
+
+
+def ranked_ids(counts: Tensor, needed: Iterable[int]) -> Tensor:
+    """All ids [V]: the `needed` ones, then the most frequent; ties to the lower id."""
+    ranked = counts.clone()
+    ranked[sorted(set(needed))] = counts.max() + 1
+    return torch.argsort(ranked, descending=True, stable=True)
+
+
 def frequent_ids(counts: Tensor, size: int, needed: Iterable[int]) -> Tensor:
     """The `needed` ids and the most frequent others, `size` together, rising; ties to the lower id.
 
@@ -40,10 +72,7 @@ def frequent_ids(counts: Tensor, size: int, needed: Iterable[int]) -> Tensor:
             f"the draft vocabulary has {size} tokens; it must hold more than the {len(must)} "
             f"special ones and at most the target's {len(counts)}: change --draft-vocab."
         )
-    ranked = counts.clone()
-    ranked[must] = counts.max() + 1
-    order = torch.argsort(ranked, descending=True, stable=True)
-    return order[:size].sort().values
+    return ranked_ids(counts, must)[:size].sort().values
 
 
 def coverage(counts: Tensor, ids: Tensor) -> float:

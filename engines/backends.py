@@ -7,7 +7,7 @@ imported when used, so a machine needs only what its backend needs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from engines.base import (
     Engine,
     EngineManifest,
     EngineSet,
+    head_cost,
 )
 from engines.machine import physical_cores
 from export.contract import CONTRACT_VERSION, GRAPHS, GraphName, contracts
@@ -189,6 +190,7 @@ def engine_data(
         "vocab_size": target.vocab_size,
         "backend": backend,
         "precision": precision,
+        "head": asdict(head_cost(drafter, precision)),
         "tree": {**DEFAULT_TREE, **tree},
         "drawn_tree": {**DEFAULT_DRAWN_TREE, **tree},
     }

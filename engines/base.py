@@ -20,30 +20,48 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from drafter.config import DrafterConfig, TargetConfig
+from drafter.heads import head_products
+from drafter.heads.cost import HeadCost, Product, float32_bytes, forward_cost, int8_bytes
 from export.contract import GRAPHS, GraphName
 
 KIND = "engine"
 MEND = "pipeline build-engine"
 DRAFTER_GRAPHS: tuple[GraphName, ...] = ("drafter_extend", "drafter_step")
-PREVIEW = "head.up.weight"  # the large factor of a low-rank head, as graphs call it
+PREVIEW = ("head.up.weight",)  # the large factor of a low-rank head, as graphs call it
+FACTORS = ("head.down.weight", "head.up.weight")
 
 
 class Int8(NamedTuple):
     """Which graphs have int8 weights, and which weights of them: None for all."""
 
     graphs: tuple[GraphName, ...] = ()
-    only: str | None = None
+    only: tuple[str, ...] | None = None
 
 
 # The drafter alone may be int8: that changes how often a guess is right, never the text, which only
 # the target decides. Its head's preview alone, where a rescored head reads most of its weights,
-# changes hardly a guess.
+# changes hardly a guess; a plain low-rank head has both factors and nothing else.
 PRECISIONS: dict[str, Int8] = {
     "fp32": Int8(),
     "int8-preview": Int8(DRAFTER_GRAPHS, only=PREVIEW),
+    "int8-factors": Int8(DRAFTER_GRAPHS, only=FACTORS),
     "int8-drafter": Int8(DRAFTER_GRAPHS),
     "int8": Int8(GRAPHS),
 }
+
+
+def head_cost(drafter: DrafterConfig, precision: str, states: int = 1) -> HeadCost:
+    """What a forward of the drafter's head reads and computes in an engine of this precision."""
+    chosen = PRECISIONS[precision]
+
+    def stored(product: Product) -> int:
+        named = chosen.only is None or f"head.{product.name}" in chosen.only
+        rounded = "drafter_step" in chosen.graphs and named and not product.gathered
+        return int8_bytes(product) if rounded else float32_bytes(product)
+
+    return forward_cost(head_products(drafter), states, stored)
+
+
 Tree = dict[str, int | float]  # the fields of `runtime.tree.TreeConfig`
 DEFAULT_TREE: Tree = {
     "depth": 4,
@@ -135,6 +153,7 @@ class EngineManifest(BaseModel):
     vocab_size: int
     backend: str
     precision: str
+    head: HeadCost | None = None  # of a forward of one state; None: built before it was recorded
     tree: Tree
     drawn_tree: Tree
     folder: Path

@@ -9,6 +9,8 @@ against PyTorch with the same weights.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
@@ -42,8 +44,8 @@ def quantise_dequantise(weight: Tensor) -> Tensor:
     return torch.from_numpy(values.reshape(weight.shape[0], -1)[:, : weight.shape[1]].copy())
 
 
-def quantise(model: ir.Model, only: str | None = None) -> int:
-    """Replace every product with a constant matrix (or with the one called `only`), in place;
+def quantise(model: ir.Model, only: Collection[str] | None = None) -> int:
+    """Replace every product with a constant matrix (or with those named in `only`), in place;
     matrices nothing else uses are dropped. Returns how many products were replaced.
     """
     model.graph.opset_imports[_DOMAIN] = 1
@@ -51,7 +53,7 @@ def quantise(model: ir.Model, only: str | None = None) -> int:
     count = 0
     for node in list(model.graph):
         matrix = _constant_matrix(node)
-        if matrix is not None and only in (None, matrix.name):
+        if matrix is not None and (only is None or matrix.name in only):
             _replace(model.graph, node, matrix, made)
             count += 1
     for name, value in list(model.graph.initializers.items()):

@@ -6,6 +6,8 @@ kernel rounds them; sums are float. Only the linear layers of the drafter floor 
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -41,15 +43,17 @@ def round_in_blocks(x: Tensor) -> Tensor:
     return rounded
 
 
-def replace_linears(module: nn.Module, preview_only: bool = False) -> None:
-    """Replace every linear layer, and the matrix of a dense head, in place; with `preview_only` the
-    large factor of a low-rank head alone.
-    """
+def replace_factors(head: LowRankHead, only: Collection[str]) -> None:
+    """Replace the factors of a low-rank head that `only` names as graphs do, in place."""
+    for name in ("down", "up"):
+        if f"head.{name}.weight" in only:
+            setattr(head, name, Int8Linear(getattr(head, name).weight))
+
+
+def replace_linears(module: nn.Module) -> None:
+    """Replace every linear layer, and the matrix of a dense head, in place."""
     for name, child in module.named_children():
-        if preview_only:
-            if isinstance(child, LowRankHead):
-                setattr(child, "up", Int8Linear(child.up.weight))  # noqa: B010 - a Linear so far
-        elif isinstance(child, nn.Linear):
+        if isinstance(child, nn.Linear):
             setattr(module, name, Int8Linear(child.weight, child.bias))
         elif isinstance(child, DenseHead | TargetHead):
             weight = child.weight if isinstance(child, DenseHead) else child.target_rows[0]

@@ -32,10 +32,10 @@ def build_graphs(export_folder: Path, out: Path, precision: str) -> None:
     chosen = PRECISIONS[precision]
     for graph in chosen.graphs:
         if not quantise(models[graph], chosen.only):
+            named = " and ".join(chosen.only or ("products",))
             raise UsageError(
-                f"precision '{precision}' rounds {chosen.only}, but graph '{graph}' of "
-                f"{export_folder} has no such matrix: its drafter has no low-rank head; choose "
-                "another --precision."
+                f"precision '{precision}' rounds {named}, but graph '{graph}' of {export_folder} "
+                "has no such matrix: its drafter has no low-rank head; choose another --precision."
             )
     weights = WeightFile(out / WEIGHTS)
     for graph, model in models.items():

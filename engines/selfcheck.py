@@ -15,7 +15,8 @@ from torch import nn
 from drafter.decoder import TargetDecoder
 from drafter.eagle3 import Drafter
 from drafter.errors import CheckFailed
-from engines.base import PRECISIONS, PREVIEW, Engine, EngineManifest
+from drafter.heads.low_rank import LowRankHead
+from engines.base import PRECISIONS, Engine, EngineManifest
 from engines.cases import BATCHES, make_cases
 from engines.parity import EXACT, ROUNDED, Comparison, Tolerance, compare
 from engines.torch_backend import torch_engines
@@ -69,12 +70,15 @@ def comparands(
 def _int8_comparands(
     manifest: EngineManifest, as_built: Engines, modules: list[nn.Module], reference: Engines
 ) -> Iterator[Comparand]:
-    from engines.int8_reference import replace_linears, round_activations
+    from engines.int8_reference import replace_factors, replace_linears, round_activations
     from engines.onnxruntime import open_with_float_activations
 
-    preview = PRECISIONS[manifest.precision].only == PREVIEW
+    only = PRECISIONS[manifest.precision].only
     for module in modules:
-        replace_linears(module, preview)
+        if only is None:
+            replace_linears(module)
+        elif isinstance(module, Drafter) and isinstance(module.lm_head, LowRankHead):
+            replace_factors(module.lm_head, only)
         round_activations(module, False)
     unrounded = open_with_float_activations(manifest, tuple(as_built))
     yield Comparand(

@@ -11,7 +11,8 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from drafter.errors import UsageError
 
@@ -69,11 +70,22 @@ class RunOptions(BuildOptions, DecodeOptions):
     smoke: bool = False
 
 
+def _size_or_auto(value: object) -> object:
+    """A vocabulary size from the command line or a file."""
+    if value is None or value == "auto":
+        return value
+    if isinstance(value, int | str) and str(value).isdecimal() and int(value) > 0:
+        return int(value)
+    raise PydanticCustomError("size", "Input should be a whole number above 0, or auto")
+
+
 class DrafterOptions(_Options):
     """Shape and start of the drafter that `pipeline train` makes.
 
-    `rank` None is d/8; `taps` None are the target's default ones; `draft_vocab` None is a quarter
-    of the vocabulary, for a truncated head; `variant` names some of `drafter.config.VARIANTS`. With
+    `rank` None is d/8; `taps` None are the target's default ones; `variant` names some of
+    `drafter.config.VARIANTS`. `draft_vocab` None is a quarter of the vocabulary, for a truncated
+    head; "auto" is searched for, of at least `min_coverage`, by `coverage_weight`
+    (`drafter.vocabulary_size`). `vocab_drafter` None is the target's own. With
     `start`, a drafter to train on, shape and weights are that drafter's.
     """
 
@@ -81,8 +93,12 @@ class DrafterOptions(_Options):
     head: str = "low_rank"
     rank: int | None = Field(None, ge=1)
     rescore: int = Field(128, ge=0)
-    draft_vocab: int | None = Field(None, ge=1)
-    draft_vocab_from: Literal["corpus", "answers"] = "answers"
+    draft_vocab: Annotated[int | Literal["auto"] | None, BeforeValidator(_size_or_auto)] = None
+    draft_vocab_from: Literal["corpus", "answers", "drafted"] = "answers"
+    vocab_drafter: str | None = None
+    min_coverage: float = Field(0.98, gt=0, le=1)
+    coverage_weight: float = Field(0.5, ge=0, le=1)
+    vocab_latency: Literal["flops", "measured"] = "flops"
     head_init: Literal["activation-pca", "random", "svd"] = "activation-pca"
     from_target: bool = True
     taps: tuple[int, ...] | None = None

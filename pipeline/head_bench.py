@@ -7,7 +7,8 @@ Runtime each is a graph of one `slimspec::` node, the very node and function tha
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -20,6 +21,8 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from drafter.eagle3 import Drafter
+from drafter.heads import head_products
+from drafter.heads.cost import forward_cost
 from drafter.heads.dense import DenseHead
 from drafter.heads.low_rank import LowRankHead
 from drafter.heads.top_k import top_k_of_scores
@@ -32,6 +35,7 @@ _WARM_UP = 3
 _REPEATS = 31
 _IR_VERSION = 10
 _OPSET = 23
+_CANDIDATES = 64
 
 Call = Callable[[], object]
 Array = npt.NDArray[np.float32]
@@ -44,12 +48,31 @@ def measure_heads(
     states = torch.randn(1, rows, drafter.config.hidden_size, generator=torch.manual_seed(0))
     make = _torch_call if backend == "torch" else _onnxruntime_call
     dense = make(drafter, states, True, threads or physical_cores())
+    report = partial(
+        HeadReport,
+        dense_bytes=4 * _dense_weight(drafter).numel(),
+        head_bytes=forward_cost(head_products(drafter.config), rows).bytes,
+    )
     if not isinstance(drafter.lm_head, LowRankHead):
         (seconds,) = _interleaved(dense)
-        return HeadReport(dense_ms=1e3 * seconds, low_rank_ms=None, ratio=None)
+        return report(dense_ms=1e3 * seconds, low_rank_ms=None, ratio=None)
     low_rank = make(drafter, states, False, threads or physical_cores())
     slow, fast = _interleaved(dense, low_rank)
-    return HeadReport(dense_ms=1e3 * slow, low_rank_ms=1e3 * fast, ratio=slow / fast)
+    return report(dense_ms=1e3 * slow, low_rank_ms=1e3 * fast, ratio=slow / fast)
+
+
+def measure_sizes(rows: int, hidden_size: int, sizes: Sequence[int]) -> list[float]:
+    """Median milliseconds of truncated heads of these many tokens for `rows` states, interleaved;
+    fp32, ONNX Runtime, a thread for each core.
+    """
+    states = {"h": torch.randn(1, rows, hidden_size, generator=torch.manual_seed(0)).numpy()}
+    calls = []
+    for size in sizes:
+        node = DenseNode(
+            nn.Parameter(torch.zeros(size, hidden_size), False), min(_CANDIDATES, size)
+        )
+        calls.append(_call(*head_session(node, hidden_size, physical_cores()), states))
+    return [1e3 * seconds for seconds in _interleaved(*calls)]
 
 
 def _interleaved(*calls: Call) -> list[float]:
@@ -95,9 +118,10 @@ def _onnxruntime_call(drafter: Drafter, states: Tensor, dense: bool, threads: in
     else:
         rows = nn.Parameter(drafter.target_rows[0], requires_grad=False)
         node = head_node(drafter, rows)
-    session, kept = head_session(node, states.shape[-1], threads)
-    feeds = {"h": states.numpy()}
+    return _call(*head_session(node, states.shape[-1], threads), {"h": states.numpy()})
 
+
+def _call(session: ort.InferenceSession, kept: list[ort.OrtValue], feeds: dict[str, Array]) -> Call:
     def call() -> object:
         return session.run(None, feeds), kept  # the session reads the weights where they lie
 

@@ -80,11 +80,16 @@ class DecodeReport(_Report):
 
 
 class HeadReport(_Report):
-    """Time of the drafter's head for one tree level; None for a drafter without a low-rank head."""
+    """Time of the drafter's head for one tree level; None for a drafter without a low-rank head.
+
+    `dense_bytes`, `head_bytes`: weights read for it, by a dense head and by the drafter's own.
+    """
 
     dense_ms: float | None
     low_rank_ms: float | None
     ratio: float | None
+    dense_bytes: int
+    head_bytes: int
 
 
 class RunReport(_Report):

@@ -6,7 +6,6 @@ A run has a folder: `run.json` (what it is made from), `corpus/` (where dialogue
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import time
 from collections.abc import Sequence
@@ -23,7 +22,6 @@ from drafter.artifact import (
     link_or_copy,
     read_artifact,
     refuse_foreign,
-    sha256_file,
     write_artifact,
 )
 from drafter.config import (
@@ -39,10 +37,18 @@ from drafter.config import (
 from drafter.errors import UsageError
 from drafter.families import read_target_config
 from drafter.sources import TargetFolder
-from drafter.sources.folder import weight_files
+from drafter.sources.folder import weights_fingerprint
 from drafter.tokenizer import vocabulary_sha256
 from pipeline.config import DrafterOptions, TrainOptions
 from pipeline.corpora import corpus_fingerprint, dialogues_corpus
+from pipeline.draft_vocabulary import (
+    AUTO,
+    Material,
+    check_vocabulary_options,
+    draft_vocabulary,
+    vocabulary_arguments,
+    vocabulary_inputs,
+)
 from pipeline.progress import note, progress, quiet
 from pipeline.reports import ArtifactReport
 from pipeline.stages import DRAFTER_KIND, artifact_report, fetch_target, find_drafter
@@ -86,15 +92,17 @@ def _train_stage(options: TrainOptions, share: Share, offline: bool | None) -> A
     with share.in_turn():
         corpus = _corpus(options, target, run, config.vocab_size)
     inputs = {"target": target.fingerprint, "corpus": corpus_fingerprint(corpus)}
+    inputs |= vocabulary_inputs(options, target, out)
     if options.start is not None:
         inputs["start"] = _start_fingerprint(find_drafter(target, options.start), out)
-    arguments = {
+    arguments: dict[str, Any] = {
         "drafter": config.model_dump(mode="json"),
         "training": training.model_dump(mode="json"),
         **options.model_dump(include={"head_init", "from_target", "holdout"}),
+        **vocabulary_arguments(options),
     }
-    if config.head == "truncated":
-        arguments["draft_vocab_from"] = options.draft_vocab_from
+    if options.draft_vocab == AUTO:  # what was asked for; what was found is in the data
+        arguments["drafter"]["draft_vocab_size"] = AUTO
     if is_up_to_date(out, DRAFTER_KIND, inputs, arguments):
         return _report(out, up_to_date=True)
     with disk_full_as_error(run):
@@ -102,12 +110,21 @@ def _train_stage(options: TrainOptions, share: Share, offline: bool | None) -> A
             _claim(run, {**inputs, **arguments})
             _capture(target, corpus, run / "captured", config, training)
         documents, held_out = _documents(corpus, run, options.holdout)
-        drafter = _train(target, config, options, training, documents, run, share)
+        draft_ids: Tensor | None = None
+        vocabulary: dict[str, Any] = {}
+        if config.head == "truncated" and options.start is None:
+            with share.in_turn():
+                material = Material(target, config, documents, held_out, training.draft_steps)
+                draft_ids, vocabulary = draft_vocabulary(material, options, run)
+            config = config.model_copy(update={"draft_vocab_size": len(draft_ids)})
+        drafter = _train(target, config, options, training, documents, draft_ids, run, share)
     if not share.first:
         share.wait()
         return _report(out, up_to_date=False)
     acceptance = _measure(drafter, held_out, training.draft_steps)
     data = {"acceptance": acceptance, "documents": len(documents), "held_out": len(held_out)}
+    if vocabulary:
+        data["draft_vocabulary"] = vocabulary
     if share.count > 1:
         data["processes"] = share.count
     _write(drafter, out, target.name, inputs, arguments, data, run / _LOG)
@@ -141,15 +158,13 @@ def drafter_config(
     low_rank = options.head == "low_rank"
     if not low_rank and options.rank is not None:
         raise UsageError(f"--rank is for the low_rank head, --head is {options.head}; drop one.")
-    truncated = options.head == "truncated"
-    if not truncated and options.draft_vocab is not None:
-        raise UsageError(
-            f"--draft-vocab is for the truncated head, --head is {options.head}; drop one."
-        )
-    quarter = max(1, shape.vocab_size // 4)
+    check_vocabulary_options(options)
+    size = options.draft_vocab
+    if size in (None, AUTO):  # what the search finds takes the place of the quarter
+        size = max(1, shape.vocab_size // 4)
     changes: dict[str, Any] = {
         "head": options.head,
-        "draft_vocab_size": (options.draft_vocab or quarter) if truncated else None,
+        "draft_vocab_size": size if options.head == "truncated" else None,
         "lm_head_rank": options.rank,
         "rescore": min(options.rescore, shape.vocab_size) if low_rank else 0,
         "tokenizer_sha256": vocabulary_sha256(target.path / "tokenizer.json"),
@@ -172,8 +187,7 @@ def _start_fingerprint(start: Path, out: Path) -> str:
     if start.resolve() == out.resolve():
         raise UsageError(f"--start and --out are both {out}; give another --out folder.")
     check_weights(start)  # found now, not after the capture
-    hashes = "".join(map(sha256_file, weight_files(start)))
-    return hashlib.sha256(hashes.encode()).hexdigest()
+    return weights_fingerprint(start)
 
 
 def _started_config(
@@ -298,6 +312,7 @@ def _train(
     options: TrainOptions,
     training: TrainConfig,
     documents: Sequence[Captured],
+    draft_ids: Tensor | None,
     run: Path,
     share: Share,
 ) -> Drafter:
@@ -319,7 +334,7 @@ def _train(
             head_init=options.head_init,
             from_target=options.from_target,
             states=states,
-            draft_ids=_draft_ids(target, config, documents, options.draft_vocab_from),
+            draft_ids=draft_ids,
             seed=training.seed,
         )
         del states
@@ -333,25 +348,6 @@ def _train(
             lambda r: tell(_state(r), r.step / r.steps),
             share=share,
         )
-
-
-def _draft_ids(
-    target: TargetFolder, config: DrafterConfig, documents: Sequence[Captured], source: str
-) -> Tensor | None:
-    """What a truncated head may draft, from the documents it is trained on; None for others."""
-    from drafter.corpus import Document
-    from drafter.tokenizer import ChatTokenizer
-    from drafter.vocabulary import coverage, frequent_ids, token_counts
-
-    if config.draft_vocab_size is None:
-        return None
-    tokenizer = ChatTokenizer.load(target.path)
-    texts = (Document(document.ids, document.mask) for document in documents)
-    counts = token_counts(texts, config.vocab_size, source)
-    needed = tokenizer.eos_ids | {i for i in tokenizer.special_ids if i < config.vocab_size}
-    ids = frequent_ids(counts, config.draft_vocab_size, needed)
-    note(f"the draft vocabulary holds {coverage(counts, ids):.2%} of what was counted")
-    return ids
 
 
 def _state(report: StepReport) -> str:

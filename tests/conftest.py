@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is first imported
 
 import pytest
 

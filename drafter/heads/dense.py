@@ -6,10 +6,12 @@ They are what SlimSpec is measured against, and `target` is the exact form that 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from drafter.config import DrafterConfig
+from drafter.heads.cost import Product
 from drafter.heads.top_k import HeadOutput, top_k_of_scores
 
 
@@ -36,6 +38,13 @@ class DenseHead(nn.Module):
     def top_k(self, h: Tensor, k: int) -> HeadOutput:
         return top_k_of_scores(self.scores(h), k)
 
+    @property
+    def draft_ids(self) -> Tensor:
+        return torch.arange(len(self.weight))
+
+    def products(self) -> tuple[Product, ...]:
+        return (Product("weight", *self.weight.shape),)
+
 
 class TargetHead(nn.Module):
     """z = W_target h: no weight of its own. `target_rows` is a plain attribute, so no checkpoint
@@ -54,3 +63,10 @@ class TargetHead(nn.Module):
 
     def top_k(self, h: Tensor, k: int) -> HeadOutput:
         return top_k_of_scores(self.scores(h), k)
+
+    @property
+    def draft_ids(self) -> Tensor:
+        return torch.arange(len(self.target_rows[0]))
+
+    def products(self) -> tuple[Product, ...]:
+        return (Product("target_rows", *self.target_rows[0].shape),)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from drafter.config import DrafterConfig
 from drafter.errors import UsageError
+from drafter.heads.cost import Product
 from drafter.heads.top_k import HeadOutput, largest, top_k_of_scores
 
 
@@ -55,6 +56,18 @@ class LowRankHead(nn.Module):
         if not self.rescore:
             return top_k_of_scores(z, k)
         return rescored_top_k(h, z, self.target_rows[0], self.rescore, k)
+
+    @property
+    def draft_ids(self) -> Tensor:
+        return torch.arange(self.up.out_features)
+
+    def products(self) -> tuple[Product, ...]:
+        rows = Product("target_rows", self.rescore, self.down.in_features, gathered=True)
+        factors = (
+            Product("down.weight", *self.down.weight.shape),
+            Product("up.weight", *self.up.weight.shape),
+        )
+        return (*factors, rows) if self.rescore else factors
 
 
 def rescored_top_k(h: Tensor, preview: Tensor, target_rows: Tensor, m: int, k: int) -> HeadOutput:

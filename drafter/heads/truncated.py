@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from drafter.config import DrafterConfig
 from drafter.errors import UsageError
+from drafter.heads.cost import Product
 from drafter.heads.top_k import HeadOutput, top_k_of_scores
 
 
@@ -62,3 +63,6 @@ class TruncatedHead(nn.Module):
         """Ties go to the lower id: `draft_ids` rise, so to the lower place."""
         best = top_k_of_scores(self.drafted(h), k)
         return best._replace(ids=self.draft_ids[best.ids])
+
+    def products(self) -> tuple[Product, ...]:
+        return (Product("weight", *self.weight.shape),)

@@ -54,6 +54,12 @@ def check_folder(path: Path, source: str) -> list[str]:
     return settings + [file.name for file in weight_files(path)]
 
 
+def weights_fingerprint(path: Path) -> str:
+    """Hex SHA-256 over the weights in `path`. Raises UsageError like `weight_files`."""
+    hashes = "".join(map(sha256_file, weight_files(path)))
+    return hashlib.sha256(hashes.encode()).hexdigest()
+
+
 def weight_files(path: Path) -> list[Path]:
     """The safetensors files in `path`: the single one, else all that the index lists.
 

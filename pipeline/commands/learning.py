@@ -129,15 +129,48 @@ def train(
         ),
     ] = None,
     draft_vocab: Annotated[
-        int | None,
-        o.option("--draft-vocab", help="truncated: tokens it can draft.", default="a quarter"),
+        str | None,
+        o.option(
+            "--draft-vocab",
+            help="truncated: tokens it can draft, or auto: coverage against latency.",
+            default="a quarter",
+        ),
     ] = None,
     draft_vocab_from: Annotated[
         str | None,
         o.option(
             "--draft-vocab-from",
-            help="truncated: the most frequent tokens of the corpus or of its answers.",
+            help="truncated: the most frequent tokens of the corpus, of its answers, or of what a "
+            "drafter proposes (drafted).",
             default=default(DrafterOptions, "draft_vocab_from"),
+        ),
+    ] = None,
+    vocab_drafter: Annotated[
+        str | None,
+        o.option("--vocab-drafter", help="drafted: that drafter.", default="the target's own"),
+    ] = None,
+    min_coverage: Annotated[
+        float | None,
+        o.option(
+            "--min-coverage",
+            help="auto: least share of the answers' tokens that can be drafted.",
+            default=default(DrafterOptions, "min_coverage"),
+        ),
+    ] = None,
+    coverage_weight: Annotated[
+        float | None,
+        o.option(
+            "--coverage-weight",
+            help="auto: weight of coverage; the rest is that of the time saved.",
+            default=default(DrafterOptions, "coverage_weight"),
+        ),
+    ] = None,
+    vocab_latency: Annotated[
+        str | None,
+        o.option(
+            "--vocab-latency",
+            help="auto: time by flops, or measured on this machine.",
+            default=default(DrafterOptions, "vocab_latency"),
         ),
     ] = None,
     head_init: Annotated[
@@ -249,6 +282,7 @@ def train(
       pipeline train --dialogues corpus.jsonl.gz
       pipeline train --target ./my-llama --corpus ./corpus --epochs 4 --out ./my-drafter
       pipeline train --head dense --run ./dense-run --out ./dense-drafter
+      pipeline train --head truncated --draft-vocab auto --min-coverage 0.98
       pipeline train --start smollm2-135m --loss lk_hybrid --epochs 2 --out ./better
       torchrun --nproc-per-node 2 -m pipeline -- train --corpus ./corpus
     """
@@ -283,6 +317,10 @@ def train(
         rescore=rescore,
         draft_vocab=draft_vocab,
         draft_vocab_from=draft_vocab_from,
+        vocab_drafter=vocab_drafter,
+        min_coverage=min_coverage,
+        coverage_weight=coverage_weight,
+        vocab_latency=vocab_latency,
         head_init=head_init,
         from_target=from_target,
         taps=_numbers(taps, int, "--taps"),

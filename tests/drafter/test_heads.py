@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from drafter.config import drafter_config_for
+from drafter.config import DrafterConfig, drafter_config_for
 from drafter.errors import UsageError
-from drafter.heads import build_head
+from drafter.heads import HEADS, Head, build_head, head_products
+from drafter.heads.cost import HeadCost, Product, float32_bytes, forward_cost, int8_bytes
 from drafter.heads.low_rank import LowRankHead, activation_pca, initialise, rescored_top_k
 from drafter.heads.top_k import top_k_of_scores
 from drafter.heads.truncated import TruncatedHead
@@ -24,6 +28,17 @@ def low_rank(rank: int = 8, rescore: int = 0) -> LowRankHead:
     head = build_head(config, ROWS)
     assert isinstance(head, LowRankHead)
     return head
+
+
+def any_head(kind: str, **changes: Any) -> tuple[Head, DrafterConfig]:
+    """A head of this kind with random weights, and its config."""
+    size = 20 if kind == "truncated" else None
+    config = drafter_config_for(TARGET.config, top_k=6, head=kind, draft_vocab_size=size, **changes)
+    torch.manual_seed(1)
+    head = build_head(config, ROWS)
+    if isinstance(head, TruncatedHead):
+        head.choose(torch.arange(2, VOCAB, 3), ROWS)
+    return cast(Head, head), config
 
 
 def states(count: int = 200, seed: int = 0) -> torch.Tensor:
@@ -97,11 +112,56 @@ def test_an_offset_of_the_preview_changes_nothing() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["dense", "target", "low_rank"])
+@pytest.mark.parametrize("kind", HEADS)
 def test_scores_of_chosen_rows_are_those_rows_of_all_scores(kind: str) -> None:
-    head = build_head(drafter_config_for(TARGET.config, top_k=6, head=kind), ROWS)
-    h, rows = states(4), torch.tensor([0, 7, 60])
-    torch.testing.assert_close(head.row_scores(h, rows), head.scores(h)[:, rows])  # type: ignore[operator]
+    head, _ = any_head(kind)
+    h, rows = states(4), torch.tensor([0, 7, 20, 60])
+    torch.testing.assert_close(head.row_scores(h, rows), head.scores(h)[:, rows])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", HEADS)
+def test_every_head_drafts_its_ids_and_no_others(kind: str) -> None:
+    """What drafting gets is the best of the training scores; what has no id here scores -inf."""
+    head, _ = any_head(kind)
+    h = states(9)
+    ids = head.draft_ids
+    assert ids.dtype == torch.int64
+    assert (ids.diff() > 0).all()
+    assert torch.equal(ids, torch.isfinite(head.scores(h)[0]).nonzero().squeeze(1))
+    found, wanted = head.top_k(h, 6), top_k_of_scores(head.scores(h), 6)
+    assert torch.equal(found.ids, wanted.ids)
+    torch.testing.assert_close(found.logprobs, wanted.logprobs, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.log_sum_exp, wanted.log_sum_exp, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_every_head_reads_each_of_its_weights_once(kind: str) -> None:
+    """The products are the trained matrices by their names, or rows of the target."""
+    head, config = any_head(kind)
+    own = dict(cast(nn.Module, head).named_parameters())
+    products = head.products()
+    assert head_products(config) == products
+    for product in products:
+        matrix = own.pop(product.name, ROWS)
+        assert (product.rows, product.columns) == tuple(matrix.shape)
+    assert not own
+
+
+def test_rescored_rows_are_read_for_each_state_and_the_factors_once() -> None:
+    """d = 32, r = 8, V = 61, m = 10 and 4 states."""
+    head, _ = any_head("low_rank", lm_head_rank=8, rescore=10)
+    factors, rows = 8 * 32 + 61 * 8, 10 * 32
+    assert forward_cost(head.products(), 1) == HeadCost(4 * (factors + rows), 2 * (factors + rows))
+    four = forward_cost(head.products(), 4)
+    assert four == HeadCost(4 * (factors + 4 * rows), 8 * (factors + rows))
+
+
+def test_a_row_in_int8_is_whole_blocks_each_with_a_scale() -> None:
+    """72 columns are three blocks of 32 bytes and 4 of scale: half as much again as 72."""
+    assert int8_bytes(Product("up.weight", 10, 72)) == 10 * 3 * 36
+    assert int8_bytes(Product("up.weight", 10, 64)) == 10 * 2 * 36
+    assert float32_bytes(Product("up.weight", 10, 72)) == 10 * 72 * 4
 
 
 @torch.no_grad()

@@ -68,12 +68,77 @@ def test_losses_of_two_tokens_by_hand() -> None:
     assert float(reverse_kl(log_p, log_q)) == pytest.approx(half - 0.5 * ratio)
 
 
-def test_gradcheck_of_every_readable_form() -> None:
-    z, y = laws(2, 6)
+KEPT = torch.arange(9) % 4 > 0  # 6 of 9 columns can be drafted
+LOG_WEIGHT = torch.tensor([0.0] * 5 + [math.log(7.0)] * 4, dtype=torch.float64)
+
+
+def laws_of(teacher: torch.Tensor, drafted: torch.Tensor, sampled: bool, truncated: bool) -> Laws:
+    """Laws of scores [N, 9]; `sampled`: some columns stand for 7 rows; `truncated`: only KEPT."""
+    weight = LOG_WEIGHT if sampled else torch.zeros_like(LOG_WEIGHT)
+    kept = KEPT if truncated else None
+    if truncated:
+        drafted = drafted.masked_fill(~KEPT, float("-inf"))
+    log_p, log_q = (teacher + weight).log_softmax(-1), (drafted + weight).log_softmax(-1)
+    return Laws.of(log_p, log_q, kept, weight)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("truncated", [False, True])
+def test_gradcheck_of_readable_and_closed_forms(name: str, sampled: bool, truncated: bool) -> None:
+    """Finite differences of the value, autograd and the closed form agree, in float64."""
+    loss = LOSSES[name]
+    teacher, drafted = laws(3, 9)
+    drafted.requires_grad_(True)
+
+    def value(scores: torch.Tensor) -> torch.Tensor:
+        return loss.value(laws_of(teacher, scores, sampled, truncated), 0.3)
+
+    assert torch.autograd.gradcheck(value, (drafted,))
+    (wanted,) = torch.autograd.grad(value(drafted).sum(), drafted)
+    got = loss.gradient(laws_of(teacher, drafted.detach(), sampled, truncated), 0.3)
+    torch.testing.assert_close(got, wanted, atol=1e-12, rtol=1e-9)
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=30, deadline=None)
+def test_gradients_are_those_of_the_paper(seed: int) -> None:
+    """LK losses, section 2: KL: q - p; TV: 1/2 q (s - E_q[s]) with s = sign(q - p); -log alpha:
+    that over alpha; the hybrid: lam of the first, 1 - lam of the second.
+    """
+    z, y = laws(4, 30, seed)
+    law = Laws.of(z.log_softmax(-1), y.log_softmax(-1))
+    sign = (law.q - law.p).sign()
+    kl = law.q - law.p
+    tv = 0.5 * law.q * (sign - (law.q * sign).sum(-1, keepdim=True))
+    a = torch.minimum(law.p, law.q).sum(-1, keepdim=True)
+    lam = math.exp(-3 * 0.4)
+    wanted = {"kl": kl, "tv": tv, "lk_alpha": tv / a, "lk_hybrid": lam * kl + (1 - lam) * tv}
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(LOSSES[name].gradient(law, 0.4), gradient, msg=name)
+
+
+@pytest.mark.parametrize("apart", [1.0, 5.0, 10.0, 20.0, 60.0, 2000.0])
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_the_gradient_of_minus_log_alpha_is_bounded_however_little_is_accepted(
+    apart: float, kind: torch.dtype
+) -> None:
+    """p sits on token 0, q everywhere else, so alpha = q(0): the gradient is that of -log alpha,
+    2 (1 - alpha) in sum, down to LEAST_ALPHA, and falls with alpha below it.
+    """
+    z, y = torch.zeros(1, 50, dtype=kind), torch.zeros(1, 50, dtype=kind)
+    z[0, 0], y[0, 0] = 2000.0, -apart
     y.requires_grad_(True)
-    for loss in LOSSES.values():
-        value = lambda s, loss=loss: loss.value(Laws.of(z.log_softmax(-1), s.log_softmax(-1)), 0.3)  # noqa: E731
-        assert torch.autograd.gradcheck(value, (y,))
+    log_p = z.log_softmax(-1)
+    value = LOSSES["lk_alpha"].value(Laws.of(log_p, y.log_softmax(-1)), 0.0)
+    (found,) = torch.autograd.grad(value.sum(), y)
+    log_q = y.detach().log_softmax(-1)
+    closed = LOSSES["lk_alpha"].gradient(Laws.of(log_p, log_q), 0.0)
+    a = float(alpha(log_p, log_q))
+    for gradient in (found, closed):
+        assert torch.isfinite(gradient).all()
+        wanted = 2 * (1 - a) * min(1.0, a / LEAST_ALPHA)
+        assert float(gradient.abs().sum()) == pytest.approx(wanted, rel=1e-4, abs=1e-12)
 
 
 def test_minus_log_alpha_has_a_finite_slope_where_nothing_is_accepted() -> None:

@@ -11,8 +11,17 @@ from drafter.checkpoint import load_drafter, save_drafter
 from drafter.corpus import document
 from drafter.errors import UsageError
 from drafter.heads.truncated import TruncatedHead
-from drafter.vocabulary import check_draft_ids, coverage, frequent_ids, token_counts
-from tests.tiny_drafter import tiny_drafter, tiny_target
+from drafter.unroll import unroll
+from drafter.vocabulary import (
+    PROPOSALS,
+    check_draft_ids,
+    coverage,
+    drafted_counts,
+    frequent_ids,
+    ranked_ids,
+    token_counts,
+)
+from tests.tiny_drafter import VOCAB, tiny_captured, tiny_drafter, tiny_target
 
 TARGET = tiny_target()
 DOCUMENTS = [document([5, 5, 7], [8, 8, 2]), document([7], [9, 8, 2])]
@@ -23,6 +32,26 @@ def test_all_of_the_corpus_is_counted_or_its_answers_alone() -> None:
     assert token_counts(DOCUMENTS, 10, "answers").tolist() == [0, 0, 2, 0, 0, 0, 0, 0, 3, 1]
     with pytest.raises(UsageError, match="'web'; known: corpus, answers"):
         token_counts(DOCUMENTS, 10, "web")
+
+
+def test_what_a_drafter_proposes_is_counted_position_by_position() -> None:
+    """Against the documents one by one, step by step: the four best after each answer's tokens."""
+    drafter = tiny_drafter(TARGET)
+    documents = tiny_captured(TARGET, 3)
+    wanted = torch.zeros(VOCAB, dtype=torch.int64)
+    for one in documents:
+        first = [*range(len(one.ids))][2:]
+        answered = [j for j in first if one.mask[j]]
+        for k, state in enumerate(unroll(drafter, one.ids[None], one.taps[None].float(), 2)):
+            for j in answered:
+                scores = drafter.lm_head.scores(drafter.head_input(state[0, j - 1 - k]))
+                for token in scores.topk(PROPOSALS).indices.tolist():
+                    wanted[token] += 1
+    assert torch.equal(drafted_counts(drafter, documents, steps=2, batch=2), wanted)
+
+
+def test_all_ids_are_ranked_and_the_needed_ones_lead() -> None:
+    assert ranked_ids(torch.tensor([3, 0, 9, 3]), needed=[1]).tolist() == [1, 2, 0, 3]
 
 
 def test_the_frequent_ones_and_the_needed_ones_rise_and_ties_go_to_the_lower_id() -> None:

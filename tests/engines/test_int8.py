@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
 from drafter.errors import UsageError
+from drafter.heads.cost import HeadCost
 from engines import build_engines, open_engines
 from engines.int8 import BLOCK, quantise_dequantise, quantise_matrix
 from engines.int8_reference import Int8Linear, replace_linears, round_activations, round_in_blocks
@@ -144,11 +145,26 @@ def test_the_preview_alone_can_be_int8(source: Source, tmp_path: Path) -> None:
     assert open_engines(tmp_path / "engine", threads=1).manifest.precision == "int8-preview"
 
 
-def test_a_head_without_a_preview_is_refused(tmp_path: Path) -> None:
+def test_both_factors_alone_can_be_int8_and_the_manifest_says_what_is_read(tmp_path: Path) -> None:
+    """A plain head of rank 8 over 32 units and 320 tokens: 8 * (32 + 320) weights."""
+    pair = write_pair(tmp_path, "llama", tied=True, layers=3, lm_head_rank=8, rescore=0)
+    export_model(pair.target, pair.drafter, tmp_path / "export")
+    weights = 8 * (32 + 320)
+    for precision, read in (("fp32", 4 * weights), ("int8-factors", 36 * (8 + 320))):
+        build_engines(tmp_path / "export", tmp_path / precision, precision=precision, threads=1)
+        manifest = open_engines(tmp_path / precision, threads=1).manifest
+        assert manifest.head == HeadCost(read, 2 * weights)
+    nodes = ir.load(tmp_path / "int8-factors" / "drafter_step.onnx").graph
+    found = [node.inputs[1].name for node in nodes if node.op_type == "MatMulNBits"]
+    assert found == ["head.down.weight.int8", "head.up.weight.int8"]
+
+
+@pytest.mark.parametrize("precision", ["int8-preview", "int8-factors"])
+def test_a_head_without_factors_is_refused(tmp_path: Path, precision: str) -> None:
     pair = write_pair(tmp_path, "llama", tied=True, layers=3, head="dense")
     export_model(pair.target, pair.drafter, tmp_path / "export")
     with pytest.raises(UsageError, match="its drafter has no low-rank head"):
-        build_engines(tmp_path / "export", tmp_path / "engine", precision="int8-preview", threads=1)
+        build_engines(tmp_path / "export", tmp_path / "engine", precision=precision, threads=1)
     assert not (tmp_path / "engine").exists()
 
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from drafter.eagle3 import Drafter
 from export.head import DenseNode, head_node
-from pipeline.head_bench import head_session, measure_heads
-from tests.tiny_drafter import tiny_drafter, tiny_target
+from pipeline.head_bench import head_session, measure_heads, measure_sizes
+from tests.tiny_drafter import VOCAB, tiny_drafter, tiny_target
 
 
 def drafter(**changes: object) -> Drafter:
@@ -49,6 +49,8 @@ def test_both_heads_are_timed_and_the_ratio_is_theirs(backend: str) -> None:
     assert report.dense_ms is not None
     assert report.low_rank_ms is not None
     assert report.ratio == pytest.approx(report.dense_ms / report.low_rank_ms)
+    assert report.dense_bytes == 4 * VOCAB * 32
+    assert report.head_bytes == 4 * 8 * (VOCAB + 32)  # rank 8
 
 
 @pytest.mark.parametrize("head", ["dense", "target"])
@@ -63,3 +65,8 @@ def test_a_drafter_narrower_than_its_target_is_compared_with_a_dense_head_of_its
 ) -> None:
     model = drafter(hidden_size=16, num_heads=2, num_kv_heads=1, intermediate_size=16)
     assert measure_heads(model, 2, threads=1).ratio is not None
+
+
+def test_truncated_heads_of_several_sizes_are_timed() -> None:
+    small, large = measure_sizes(2, 32, [20, 60])
+    assert min(small, large) > 0

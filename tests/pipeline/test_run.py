@@ -52,7 +52,9 @@ def test_the_report_has_exactly_the_promised_keys(report: dict[str, Any]) -> Non
         "target_passes_per_token",
         "overhead_ms_per_round",
     }
-    assert set(report["head"]) == {"dense_ms", "low_rank_ms", "ratio"}
+    assert set(report["head"]) == {
+        *("dense_ms", "low_rank_ms", "ratio", "dense_bytes", "head_bytes")
+    }
 
 
 def test_the_report_reads_back_as_its_own_model(report: dict[str, Any]) -> None:

@@ -291,7 +291,7 @@ def test_a_truncated_drafter_is_trained_exported_checked_and_decodes(
         f"--out={out}",
     )
     assert trained.code == 0, trained.err
-    assert "draft vocabulary holds 100.00%" in trained.err
+    assert "draft vocabulary's 100 tokens are 100.00% of the answers'" in trained.err
     report = tmp_path / "report.json"
     arguments = run_arguments(tiny_llama_dir, out, prompt_file, report)
     result = run_command(*arguments)
@@ -319,9 +319,69 @@ def test_a_variant_is_trained_exported_checked_and_decodes(
     assert result.code == 0, result.err
 
 
+@pytest.mark.parametrize("latency", ["flops", "measured"])
+def test_the_size_of_a_draft_vocabulary_is_searched_for_and_recorded(
+    cache: Path, tiny_llama_dir: Path, dialogues: Path, tmp_path: Path, latency: str
+) -> None:
+    """The record has every size tried; the chosen one covers enough and is what was trained. The
+    same command again asks for the same, although times were measured.
+    """
+    out = tmp_path / "drafter"
+    arguments = (
+        *("train", f"--target={tiny_llama_dir}", f"--dialogues={dialogues}", "--head=truncated"),
+        *("--draft-vocab=auto", "--min-coverage=0.9", f"--vocab-latency={latency}"),
+        *("--batch-tokens=64", "--sampled-rows=0", "--precision=fp32", "--epochs=1"),
+        *(f"--out={out}", f"--run={tmp_path / 'run'}"),
+    )
+    trained = run_command(*arguments)
+    assert trained.code == 0, trained.err
+    manifest = read_artifact(out, "drafter")
+    asked = ("draft_vocab", "draft_vocab_from", "min_coverage", "coverage_weight", "vocab_latency")
+    assert [manifest.arguments[name] for name in asked] == ["auto", "answers", 0.9, 0.5, latency]
+    assert manifest.arguments["drafter"]["draft_vocab_size"] == "auto"
+    found = manifest.data["draft_vocabulary"]
+    assert found["coverage"] >= 0.9
+    assert found["utility"] == max(
+        one["utility"] for one in found["tried"] if one["coverage"] >= 0.9
+    )
+    drafter = load_drafter(out, load_target(tiny_llama_dir))
+    assert drafter.config.draft_vocab_size == found["size"]
+    assert run_command(*arguments, "--json").json["up_to_date"] is True
+
+
+def test_a_draft_vocabulary_of_what_a_drafter_proposes(
+    cache: Path, tiny_llama_dir: Path, dialogues: Path, tmp_path: Path
+) -> None:
+    first, out = tmp_path / "first", tmp_path / "truncated"
+    assert (
+        train(tiny_llama_dir, f"--dialogues={dialogues}", "--epochs=1", f"--out={first}").code == 0
+    )
+    arguments = (
+        *("train", f"--target={tiny_llama_dir}", f"--dialogues={dialogues}", "--head=truncated"),
+        *("--draft-vocab=80", "--draft-vocab-from=drafted", f"--vocab-drafter={first}"),
+        *("--batch-tokens=64", "--sampled-rows=0", "--precision=fp32", "--epochs=1"),
+        f"--run={tmp_path / 'run'}",
+    )
+    made = run_command(*arguments, f"--out={out}")
+    assert made.code == 0, made.err
+    manifest = read_artifact(out, "drafter")
+    assert manifest.data["draft_vocabulary"]["from"] == "drafted"
+    assert manifest.data["draft_vocabulary"]["size"] == 80
+    assert len(manifest.inputs["vocab_drafter"]) == 64
+    assert_refused(run_command(*arguments, f"--out={first}"), 2, "--vocab-drafter and --out")
+    taps = run_command(*arguments, "--taps=0,1,1", f"--out={out}", f"--run={tmp_path / 'r'}")
+    assert_refused(taps, 2, "taps", "--vocab-drafter")
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
+        (("--head=truncated", "--draft-vocab=many"), ("--draft-vocab", "'many'", "auto")),
+        (("--head=truncated", "--draft-vocab=0"), ("--draft-vocab", "above 0")),
+        (("--head=truncated", "--min-coverage=0.9"), ("--min-coverage", "--draft-vocab auto")),
+        (("--head=truncated", "--min-coverage=1.5"), ("--min-coverage", "less than or equal to 1")),
+        (("--head=truncated", "--vocab-drafter=d"), ("--vocab-drafter", "drafted")),
+        (("--head=dense", "--draft-vocab-from=corpus"), ("--draft-vocab-from", "truncated")),
         (("--head=truncated", "--draft-vocab=3"), ("has 3 tokens", "--draft-vocab")),
         (("--head=truncated", "--draft-vocab=999999"), ("draft_vocab_size 999999",)),
         (("--head=dense", "--draft-vocab=100"), ("--draft-vocab", "truncated")),

@@ -61,6 +61,19 @@ def measure_heads(
     return report(dense_ms=1e3 * slow, low_rank_ms=1e3 * fast, ratio=slow / fast)
 
 
+def head_milliseconds(
+    drafter: Drafter, rows: int, threads: int | None = None
+) -> tuple[float, float]:
+    """Median milliseconds of a dense head and of the drafter's own, whichever it is, for `rows`
+    states: interleaved, fp32, ONNX Runtime.
+    """
+    states = torch.randn(1, rows, drafter.config.hidden_size, generator=torch.manual_seed(0))
+    count = threads or physical_cores()
+    calls = [_onnxruntime_call(drafter, states, dense, count) for dense in (True, False)]
+    dense_s, own_s = _interleaved(*calls)
+    return 1e3 * dense_s, 1e3 * own_s
+
+
 def measure_sizes(rows: int, hidden_size: int, sizes: Sequence[int]) -> list[float]:
     """Median milliseconds of truncated heads of these many tokens for `rows` states, interleaved;
     fp32, ONNX Runtime, a thread for each core.

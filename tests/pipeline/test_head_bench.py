@@ -11,7 +11,12 @@ from torch import nn
 
 from drafter.eagle3 import Drafter
 from export.head import DenseNode, head_node
-from pipeline.head_bench import head_session, measure_heads, measure_sizes
+from pipeline.head_bench import (
+    head_milliseconds,
+    head_session,
+    measure_heads,
+    measure_sizes,
+)
 from tests.tiny_drafter import VOCAB, tiny_drafter, tiny_target
 
 
@@ -65,6 +70,13 @@ def test_a_drafter_narrower_than_its_target_is_compared_with_a_dense_head_of_its
 ) -> None:
     model = drafter(hidden_size=16, num_heads=2, num_kv_heads=1, intermediate_size=16)
     assert measure_heads(model, 2, threads=1).ratio is not None
+
+
+@pytest.mark.parametrize("head", ["dense", "truncated"])
+def test_any_head_is_timed_beside_a_dense_one(head: str) -> None:
+    changes = {"draft_vocab_size": 20} if head == "truncated" else {}
+    dense, own = head_milliseconds(drafter(head=head, **changes), rows=1, threads=1)
+    assert min(dense, own) > 0
 
 
 def test_truncated_heads_of_several_sizes_are_timed() -> None:

@@ -109,12 +109,9 @@ def test_warm_answers_follow_the_seed_and_end_at_the_end_token() -> None:
     assert all(a.index(2) == len(a) - 1 for a in ended)
 
 
-def test_a_corpus_goes_on_with_its_missing_shards(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("drafter.generate.DOCUMENTS_PER_SHARD", 3)
+def test_a_corpus_goes_on_with_its_missing_shards(tmp_path: Path) -> None:
     prompts = [[5 + i, 6, 7] for i in range(7)]
-    config = GenerateConfig(max_new_tokens=6, batch=2)
+    config = GenerateConfig(max_new_tokens=6, batch=2, shard_documents=3)
     assert generate_corpus(TARGET, prompts, tmp_path / "whole", config) == 3
     generate_corpus(TARGET, prompts, tmp_path / "parts", config)
     (tmp_path / "parts" / "shard-00001.safetensors").unlink()

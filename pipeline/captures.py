@@ -71,7 +71,7 @@ def teacher_of(target: TargetFolder) -> Teacher:
         shape = read_hf_config(target.path)
         note(
             f"the target ({shape.family}) is captured with transformers, for training only: "
-            f"{str(reason).split('. ', 1)[0]}. The drafter's layer starts at random."
+            f"{str(reason).split('. ', 1)[0]}."
         )
         return Teacher(target, shape, foreign=True)
 

@@ -77,9 +77,10 @@ def _train_stage(options: TrainOptions, share: Share, offline: bool | None) -> A
     with share.in_turn():
         target = fetch_target(options.target, offline)
     teacher = teacher_of(target)
-    if teacher.foreign:
-        options = options.model_copy(update={"from_target": False})
     config = drafter_config(options, target, teacher.shape)
+    if teacher.foreign and options.start is None and options.from_target:
+        note("the drafter's layer starts at random: it is not of the target's kind")
+        options = options.model_copy(update={"from_target": False})
     run = options.run or target_workspace(target) / "train"
     out = options.out or target_workspace(target) / "drafter"
     refuse_foreign(out, DRAFTER_KIND)

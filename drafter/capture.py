@@ -19,6 +19,7 @@ from drafter.corpus import (
     LIMITS,
     Document,
     ShardLimits,
+    StoredCorpus,
     in_shards,
     read_shard,
     save_whole,
@@ -238,13 +239,13 @@ class Online(Documents):
     """
 
     def __init__(
-        self, target: TargetDecoder | Watched, documents: Sequence[Document], batch: int = BATCH
+        self, target: TargetDecoder | Watched, corpus: StoredCorpus, batch: int = BATCH
     ) -> None:
-        self._target, self._documents, self._batch = target, documents, batch
-        self.lengths = [len(document.ids) for document in documents]
+        self._target, self._corpus, self._batch = target, corpus, batch
+        self.lengths = corpus.lengths
 
     def take(self, indices: Iterable[int]) -> list[Captured]:
-        return list(capture(self._target, [self._documents[i] for i in indices], self._batch))
+        return list(capture(self._target, [self._corpus[i] for i in indices], self._batch))
 
     def text(self, index: int) -> Document:
-        return self._documents[index]
+        return self._corpus[index]

@@ -13,7 +13,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -221,6 +221,32 @@ def checked_offsets(offsets: Tensor, tokens: int) -> list[int]:
 def read_corpus(folder: Path) -> list[Document]:
     """All documents of a corpus, in order."""
     return [d for path in shards(folder) for d in read_shard(path)]
+
+
+class StoredCorpus:
+    """The documents of a corpus, read from memory-mapped shards when they are asked for; `lengths`
+    in tokens. Raises UsageError for a damaged shard.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._places: list[tuple[Path, int, int]] = []
+        for path in shards(folder):
+            ends = [*accumulate(shard_lengths(path), initial=0)]
+            self._places += [(path, a, b) for a, b in pairwise(ends)]
+        self.lengths = [b - a for _, a, b in self._places]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> Document:
+        path, first, last = self._places[index]
+        try:
+            with safe_open(path, framework="pt") as reader:
+                ids = reader.get_slice("ids")[first:last]
+                mask = reader.get_slice("mask")[first:last]
+        except (SafetensorError, OSError) as error:
+            raise _damaged(path, error) from None
+        return Document(ids.to(torch.int64), mask.to(torch.bool))
 
 
 def check_tokenizer(folder: Path, tokenizer: str) -> None:

@@ -132,13 +132,13 @@ def captured_documents(
 ) -> Documents:
     """The corpus as the target sees it: read from `stored`, or looked at when it is asked for."""
     from drafter.capture import Online, read_captured
-    from drafter.corpus import read_corpus
+    from drafter.corpus import StoredCorpus
     from drafter.documents import what_was_seen
 
     if options.capture == "stored":
         return read_captured(stored, what_was_seen(config.taps, teacher.folder.fingerprint))
     model = teacher.watched(config.taps, precision, options.device)
-    return Online(model, read_corpus(corpus), options.capture_batch)
+    return Online(model, StoredCorpus(corpus), options.capture_batch)
 
 
 def split(documents: Documents, holdout: float, corpus: Path) -> tuple[Documents, Documents]:

@@ -91,7 +91,8 @@ def dialogues_corpus(file: Path, out: Path, vocab_size: int, tokenizer: str | No
     arguments = {"vocab_size": vocab_size}
     if not is_up_to_date(out, KIND, inputs, arguments, verify="size"):
         note(f"reading the dialogues of {file}")
-        with write_artifact(out, KIND, file.name, inputs, arguments, {}) as folder:
+        data = {} if tokenizer is None else {"tokenizer_sha256": tokenizer}
+        with write_artifact(out, KIND, file.name, inputs, arguments, data) as folder:
             write_shards(folder, read_dialogues(file, vocab_size), tokenizer=tokenizer)
     return out
 

@@ -149,19 +149,21 @@ def test_a_template_that_does_not_hold_the_turn_once_is_refused() -> None:
 
 
 class Template:
-    """A template of two markers around the user's turn."""
+    """A template of two markers around the user's turn, and one more for `loud`."""
 
-    def render(self, messages: list[dict[str, str]]) -> str:
-        return f"<{messages[0]['content']}>"
+    def render(self, messages: list[dict[str, str]], loud: bool = False) -> str:
+        return f"<{messages[0]['content']}>{'!' if loud else ''}"
 
     def encode(self, text: str) -> list[int]:
-        return [{"<": 10, ">": 11}[c] for c in text]
+        return [{"<": 10, ">": 11, "!": 12}[c] for c in text]
 
 
 def test_the_model_writes_its_own_prompts() -> None:
     prompts = self_prompts(TARGET, Template(), 5, GenerateConfig(batch=16), longest=60)
     assert len({tuple(p) for p in prompts}) == 5
     assert all(p[0] == 10 and p[-1] == 11 and 2 not in p for p in prompts)
+    (loud,) = self_prompts(TARGET, Template(), 1, GenerateConfig(batch=16), options={"loud": True})
+    assert loud[-2:] == [11, 12]
 
 
 @torch.no_grad()

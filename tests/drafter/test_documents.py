@@ -25,6 +25,7 @@ from drafter.capture import (
 )
 from drafter.corpus import (
     ShardLimits,
+    StoredCorpus,
     check_tokenizer,
     documents_per_shard,
     in_shards,
@@ -114,6 +115,9 @@ def test_lazy_documents_are_the_eager_ones(tmp_path: Path) -> None:
     assert len([*(tmp_path / "captured").iterdir()]) > 2
     lazy, eager = read_captured(tmp_path / "captured"), list(capture(TARGET, read_corpus(made)))
     assert_same(lazy, eager)
+    for one, other in zip(StoredCorpus(made), read_corpus(made), strict=True):
+        assert torch.equal(one.ids, other.ids)
+        assert torch.equal(one.mask, other.mask)
     assert list(lengths_of(lazy)) == lengths_of(eager) == [len(d.ids) for d in eager]
     assert_same(lazy[5:20][2:4], eager[7:9])
     assert_same([lazy[-1]], eager[-1:])
@@ -232,7 +236,7 @@ def test_documents_seen_on_line_are_those_that_are_stored(batch: int, tmp_path: 
     made = corpus(tmp_path / "corpus")
     capture_shards(TARGET, made, tmp_path / "captured", batch=batch)
     stored = read_captured(tmp_path / "captured")
-    online = Online(TARGET, read_corpus(made), batch)
+    online = Online(TARGET, StoredCorpus(made), batch)
     assert online.lengths == stored.lengths
     picked = [17, 3, 29, 4]
     if batch == 1:
@@ -249,7 +253,7 @@ def test_training_on_line_gives_the_drafter_of_stored_states_to_the_bit(tmp_path
     both = []
     for name, documents in (
         ("stored", read_captured(tmp_path / "captured")),
-        ("online", Online(TARGET, read_corpus(made), batch=1)),
+        ("online", Online(TARGET, StoredCorpus(made), batch=1)),
     ):
         both.append(train(tiny_drafter(TARGET), documents, config, tmp_path / name).state_dict())
     for name, weight in both[0].items():
@@ -297,7 +301,7 @@ def test_a_damaged_corpus_shard_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=f"{path} is no readable corpus shard"):
         read_corpus(made)
     path.write_bytes(path.read_bytes()[:-3])
-    for read in (read_corpus, lambda folder: check_tokenizer(folder, "t")):
+    for read in (read_corpus, StoredCorpus, lambda folder: check_tokenizer(folder, "t")):
         with pytest.raises(UsageError, match=f"{path} is no readable corpus shard"):
             read(made)
 

@@ -355,6 +355,22 @@ def test_thinking_is_told_to_the_server_and_to_our_template(
     assert starts["off"] != starts["on"] == starts["template"]
 
 
+def test_thinking_is_told_to_our_template_where_the_target_answers_here(
+    cache: Path, tiny_llama_dir: Path, words: Path, tmp_path: Path
+) -> None:
+    target = thinking_target(tmp_path / "thinks", tiny_llama_dir)
+    starts = {}
+    for how in ("off", "on"):
+        out = tmp_path / how
+        arguments = (f"--target={target}", f"--prompts={words}", "--max-tokens=3")
+        result = run_command("corpus", *arguments, f"--thinking={how}", f"--out={out}")
+        assert result.code == 0, result.err
+        first = read_corpus(out)[0]
+        starts[how] = first.ids[~first.mask].tolist()
+    assert starts["off"] == prompt_ids(target, WORDS[0], enable_thinking=False)
+    assert starts["on"] == prompt_ids(target, WORDS[0])
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from drafter.capture import View
+from drafter.checkpoint import read_tensors
 from drafter.config import RopeConfig, TargetConfig
 from drafter.decoder import TargetDecoder
 from drafter.errors import MissingError, UsageError
@@ -95,14 +96,43 @@ def load_hf_target(
 
 
 def load_hf_ends(folder: Path) -> TargetDecoder:
-    """What a drafter shares with such a target: embedding and head, in a decoder without layers."""
+    """What a drafter shares with such a target: embedding and head, fp32, in a decoder without
+    layers. No other weight is read. Raises UsageError.
+    """
     config = read_hf_config(folder)
-    model = _load(folder, torch.float32)
     ends = TargetDecoder(config.model_copy(update={"num_layers": 0, "vocab_size": 1}), ())
-    ends.embed_tokens.weight = model.get_input_embeddings().weight
-    ends.lm_head.weight = model.get_output_embeddings().weight
+    embedding, head = _end_names(folder)
+    found = {name: t for name, t in read_tensors(folder) if name in (*embedding, *head)}
+    first = next((found[name] for name in embedding if name in found), None)
+    last = next((found[name] for name in head if name in found), None)
+    if first is None or last is None:
+        lacking = (embedding if first is None else head)[0]
+        raise UsageError(f"{folder}: its safetensors hold no {lacking}; fetch it again.")
+    ends.embed_tokens.weight = nn.Parameter(first.float())
+    ends.lm_head.weight = nn.Parameter(last.float())
     ends.config = config
     return ends.eval().requires_grad_(False)
+
+
+def _end_names(folder: Path) -> tuple[list[str], list[str]]:
+    """What a checkpoint may call the weights of embedding and head: with and without the prefix
+    that `transformers` adds.
+    """
+    transformers = _transformers()
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, ImportError, KeyError, AttributeError) as error:
+        raise _unreadable(folder, error) from None
+    every = [*model.named_parameters(remove_duplicate=False)]  # tied ones under all their names
+
+    def names(weight: nn.Parameter) -> list[str]:
+        own = [name for name, parameter in every if parameter is weight]
+        return own + [name.removeprefix(f"{model.base_model_prefix}.") for name in own]
+
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return names(ends[0].weight), names(ends[1].weight)
 
 
 def read_hf_config(folder: Path) -> TargetConfig:

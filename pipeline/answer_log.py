@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from drafter.errors import UsageError
+
 PROMPTS_PER_FILE = 512
 
 
@@ -58,9 +60,17 @@ class AnswerLog:
 
     def _rows(self, part: int) -> Iterator[dict[str, Any]]:
         path = self.path(part)
-        if path.exists():
-            with path.open(encoding="utf-8") as lines:
-                yield from map(json.loads, lines)
+        if not path.exists():
+            return
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise UsageError(
+                        f"{path}, line {number}: not JSON ({error}); remove the line and run the "
+                        "same command again: its prompt is asked again."
+                    ) from None
 
 
 def _drop_cut_line(path: Path) -> None:

@@ -130,7 +130,7 @@ class ChatServer:
         sent = {**body, TOKEN_IDS: True} if asked_ids else body
         try:
             reply = await self._http.post(url, json=sent)
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise _TryAgain(None, self._clean(f"{type(error).__name__}: {error}")) from None
         status = reply.status_code
         if status == httpx.codes.OK:

@@ -182,9 +182,11 @@ def _ask(
 def _api_key(variable: str | None) -> str | None:
     if variable is None:
         return None
-    key = os.environ.get(variable)
+    key = os.environ.get(variable, "").strip()
     if not key:
         raise UsageError(f"--api-key-env names {variable}, which is not set; set it to the key.")
+    if not (key.isascii() and key.isprintable()):
+        raise UsageError(f"{variable} holds characters that no key has; set it to the key alone.")
     return key
 
 
@@ -267,7 +269,10 @@ def _answer(
 def _prompt_texts(options: CorpusOptions) -> list[str]:
     """The prompts of the file; none of them is one to measure with."""
     assert options.prompts is not None
-    chosen = read_prompts(options.prompts, options.count).prompts
+    every = read_prompts(options.prompts).prompts
+    chosen = every[: options.count]
+    if len(chosen) < len(every):
+        note(f"of {len(every)} prompts the first {len(chosen)} are answered: --count says so")
     refuse_benchmarks((prompt.text for prompt in chosen), str(options.prompts))
     return [prompt.text for prompt in chosen]
 

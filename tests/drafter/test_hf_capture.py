@@ -77,14 +77,16 @@ def test_taps_and_states_are_the_model_s_own_and_its_logits_follow(
     for row, d in enumerate(documents):
         ids[row, : len(d.ids)] = d.ids
     seen = target.view(ids, lengths)
+    ends = load_hf_ends(tmp_path)
+    assert torch.equal(ends.embed_tokens.weight, model.get_input_embeddings().weight)
+    assert torch.equal(ends.lm_head.weight, model.get_output_embeddings().weight)
     for row, n in enumerate(lengths):
         alone = model(documents[row].ids[None], output_hidden_states=True, use_cache=False)
         taps = torch.cat([alone.hidden_states[i][0] for i in TAPS], dim=-1)
         torch.testing.assert_close(seen.taps[row, :n], taps, atol=1e-5, rtol=1e-5)
         logits = target.logits(seen.states[row, :n])
         torch.testing.assert_close(logits, alone.logits[0], atol=1e-4, rtol=1e-4)
-        rows = load_hf_ends(tmp_path).lm_head.weight
-        torch.testing.assert_close(seen.states[row, :n] @ rows.T, logits)
+        torch.testing.assert_close(seen.states[row, :n] @ ends.lm_head.weight.T, logits)
     captured = list(capture(target, documents))
     assert torch.equal(
         captured[0].likeliest[:, 0].long(), target.logits(seen.states)[0].argmax(-1)[: lengths[0]]

@@ -15,6 +15,7 @@ import pytest
 
 from drafter.artifact import read_artifact
 from drafter.corpus import read_corpus
+from drafter.errors import UsageError
 from drafter.tokenizer import ChatTokenizer, vocabulary_sha256
 from pipeline.answer_log import AnswerLog
 from pipeline.chat_server import Retries
@@ -419,3 +420,7 @@ def test_the_log_gives_the_last_word_on_every_prompt_in_order(tmp_path: Path) ->
     again.add({"index": 3, "ids": [4]})
     assert [row["index"] for row in AnswerLog(tmp_path, 600).rows()] == [2, 3, 599]
     assert not AnswerLog(tmp_path, 600).failed
+    with log.path(0).open("a") as file:
+        file.write("{\n")
+    with pytest.raises(UsageError, match="line 4: not JSON"):
+        AnswerLog(tmp_path, 600)

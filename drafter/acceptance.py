@@ -15,7 +15,7 @@ from operator import mul
 import torch
 
 from drafter.batches import collate, supervised_positions
-from drafter.capture import Captured
+from drafter.documents import Captured, take
 from drafter.eagle3 import Drafter
 from drafter.losses import alpha
 from drafter.unroll import unroll
@@ -51,7 +51,7 @@ def measure_acceptance(
     sums = torch.zeros(3, steps, dtype=torch.float64)
     count = 0
     for start in range(0, len(documents), batch):
-        b = collate(documents[start : start + batch])
+        b = collate(take(documents, range(start, min(start + batch, len(documents)))))
         rows, positions = supervised_positions(b.mask, steps)
         states = unroll(drafter, b.ids, b.taps, steps)
         count += len(rows)

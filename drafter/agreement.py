@@ -8,7 +8,7 @@ Sums are float32; what another engine's own arithmetic adds is not in here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -136,7 +136,7 @@ def states_on(drafter: Drafter, ids: Tensor, taps: Tensor) -> Tensor:
     return drafter.head_input(out.state)[0]
 
 
-def captured_states(drafter: Drafter, documents: list[Captured], count: int = 2048) -> Tensor:
+def captured_states(drafter: Drafter, documents: Sequence[Captured], count: int = 2048) -> Tensor:
     """The same on the first captured documents, at most `count` of them: [N, H]."""
     found: list[Tensor] = []
     for document in documents:

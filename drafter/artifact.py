@@ -206,21 +206,29 @@ def check_free_space(folder: Path, needed_bytes: int | None) -> None:
 
 @contextmanager
 def disk_full_as_error(path: Path, needed_bytes: int | None = None) -> Iterator[None]:
-    """Turn "no space left", raised by whichever library was writing, into a `MissingError`."""
+    """Turn "no space left" and "file too large", raised by whichever library was writing, into a
+    `MissingError`.
+    """
     try:
         yield
     except Exception as error:
-        if not _is_disk_full(error):
+        if _says(error, errno.EFBIG):
+            raise MissingError(
+                f"cannot write {path}: a file would become larger than its file system or the "
+                "limit of `ulimit -f` allows; choose another folder, or smaller files with "
+                "--shard-megabytes where the command has it, and run the command again"
+            ) from error
+        if not _says(error, errno.ENOSPC, errno.EDQUOT):
             raise
         existing = next(p for p in (path, *path.parents) if p.exists())
         free = shutil.disk_usage(existing).free
         raise MissingError(_disk_full_message(path, needed_bytes, free)) from error
 
 
-def _is_disk_full(error: BaseException) -> bool:
+def _says(error: BaseException, *codes: int) -> bool:
     # Rust and C++ writers report the errno only in their text.
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return full or "No space left on device" in str(error)
+    known = isinstance(error, OSError) and error.errno in codes
+    return known or any(os.strerror(code) in str(error) for code in codes)
 
 
 def _disk_full_message(path: Path, needed: int | None, free: int) -> str:

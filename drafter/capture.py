@@ -1,43 +1,60 @@
-"""Run the target over a corpus once and keep what training needs of it.
+"""Run the target over a corpus and keep what training needs of it.
 
 Per token: the taps [n_taps * H], the final-normed state [H] (the teacher's logits are recomputed
-from it by the frozen head) and the ids of the teacher's few likeliest tokens. bfloat16, one
-safetensors file a shard: about 4.6 KB a token at H = 576. A shard that exists is not made again, so
-a killed capture goes on where it was.
+from it by the frozen head) and the ids of the teacher's few likeliest tokens. bfloat16, about 4.6
+KB a token at H = 576. Off line, into shards of bounded size: those that exist are not made again,
+so a killed capture goes on where it was. Or on line (`Online`): captured when it is trained on.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from drafter.corpus import Document, read_shard, shards
+from drafter.corpus import (
+    LIMITS,
+    Document,
+    ShardLimits,
+    StoredCorpus,
+    in_shards,
+    read_shard,
+    save_whole,
+    shard_lengths,
+    shards,
+)
 from drafter.decoder import TargetDecoder, causal_mask
+from drafter.documents import TENSORS, Documents, Stored, documents_in, what_was_seen
+from drafter.documents import Captured as Captured  # noqa: PLC0414 - part of this module
+from drafter.errors import UsageError
 
 LIKELIEST = 8
 CAPTURED = "captured"  # folder of captured shards in a corpus that was made with its states
+BATCH = 8
+_WINDOW = 64
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True)
-class Captured:
-    """A document with the target's view of it: taps [T, n_taps * H], states [T, H], likeliest ids
-    [T, 8].
-    """
+class View(NamedTuple):
+    """What a target computed of a batch: taps [B, T, n_taps * H], states [B, T, H]."""
 
-    ids: Tensor
-    mask: Tensor
     taps: Tensor
     states: Tensor
-    likeliest: Tensor
+
+
+class Watched(Protocol):
+    """A target that can be captured. `logits` maps states to the teacher's logits [..., V]."""
+
+    taps: tuple[int, ...]
+
+    def view(self, ids: Tensor, lengths: Sequence[int]) -> View:
+        """The view of right-padded ids [B, T] of which `lengths` are real."""
+        ...
+
+    def logits(self, states: Tensor) -> Tensor: ...
 
 
 def likeliest(logits: Tensor) -> Tensor:
@@ -49,127 +66,186 @@ def likeliest(logits: Tensor) -> Tensor:
 
 
 def capture_shards(
-    target: TargetDecoder,
+    target: TargetDecoder | Watched,
     corpus: Path,
     out: Path,
     progress: Progress | None = None,
     fingerprint: str = "",
+    limits: ShardLimits = LIMITS,
+    batch: int = BATCH,
 ) -> None:
     """Capture every shard of `corpus` into `out`. `progress(done, total)` counts tokens;
     `fingerprint` says which target it is.
+
+    What is captured of `shard-00003` lies in `shard-00003` and, from document 17 on, in
+    `shard-00003-00017`, as many files as the limits ask for.
     """
     out.mkdir(parents=True, exist_ok=True)
-    paths = shards(corpus)
-    totals = [sum(len(d.ids) for d in read_shard(path)) for path in paths]
-    for i, path in enumerate(paths):
-        done = sum(totals[:i])
-        report = (
-            None if progress is None else (lambda n, done=done: progress(done + n, sum(totals)))
-        )
-        if not (out / path.name).exists():
-            _capture_shard(target, read_shard(path), out / path.name, report, fingerprint)
+    lengths = {path: shard_lengths(path) for path in shards(corpus)}
+    total, done = sum(map(sum, lengths.values())), 0
+    for path, tokens in lengths.items():
+        first = captured_of(out, path, len(tokens))
+        done += sum(tokens[:first])
+        if first < len(tokens):
+            seen = capture(target, read_shard(path), batch, first)
+            counted = _counted(seen, progress, done, total)
+            write_parts(out, path, counted, target.taps, fingerprint, limits, first)
+            done += sum(tokens[first:])
     if progress is not None:
-        progress(sum(totals), sum(totals))
+        progress(total, total)
 
 
-def _capture_shard(
-    target: TargetDecoder,
-    documents: list[Document],
-    path: Path,
-    report: Callable[[int], None] | None,
-    fingerprint: str,
+def _counted(
+    seen: Iterator[Captured], progress: Progress | None, done: int, total: int
+) -> Iterator[Captured]:
+    for document in seen:
+        yield document
+        done += len(document.ids)
+        if progress is not None:
+            progress(done, total)
+
+
+def parts_of(folder: Path, shard: Path) -> list[Path]:
+    """The files in `folder` of what was captured of a corpus shard, in order."""
+    found = [folder / shard.name, *folder.glob(f"{shard.stem}-*.safetensors")]
+    return sorted((path for path in found if path.exists()), key=lambda path: path.stem)
+
+
+def captured_of(folder: Path, shard: Path, documents: int) -> int:
+    """How many documents of a corpus shard are captured in `folder`, from the first one on.
+
+    Raises UsageError for parts that are not of this shard.
+    """
+    count = 0
+    for part in parts_of(folder, shard):
+        found = documents_in(part)
+        if part != _part(folder, shard, count) or count + found > documents:
+            raise UsageError(
+                f"{part} is not captured from {shard}, document {count} and on; remove "
+                f"{folder / shard.stem}* and run the same command again: it is captured again."
+            )
+        count += found
+    return count
+
+
+def _part(folder: Path, shard: Path, first: int) -> Path:
+    return folder / (f"{shard.stem}-{first:05d}.safetensors" if first else shard.name)
+
+
+def write_parts(
+    folder: Path,
+    shard: Path,
+    documents: Iterable[Captured],
+    taps: Sequence[int],
+    target: str,
+    limits: ShardLimits = LIMITS,
+    first: int = 0,
 ) -> None:
-    seen, parts = 0, []
-    for captured in capture(target, documents):
-        parts.append(captured)
-        seen += len(captured.ids)
-        if report is not None:
-            report(seen)
-    write_captured(path, parts, target.taps, fingerprint)
+    """Write what was captured of a corpus shard, from document `first` on; one file's documents are
+    in memory at a time.
+    """
+    for group in in_shards(documents, _bytes, limits):
+        write_captured(_part(folder, shard, first), group, taps, target)
+        first += len(group)
+
+
+def _bytes(document: Captured) -> int:
+    return sum(t.nbytes for t in _as_stored(document).values())
+
+
+def _as_stored(document: Captured) -> dict[str, Tensor]:
+    tensors = {name: getattr(document, name) for name in TENSORS}
+    return tensors | {"ids": document.ids.int(), "mask": document.mask.to(torch.uint8)}
 
 
 def write_captured(
     path: Path, documents: Sequence[Captured], taps: Sequence[int], target: str
 ) -> None:
-    """Write one shard under a temporary name, then rename it; its metadata names what was seen:
-    the taps and the fingerprint of the target.
+    """Write one file, whole or not at all; its metadata names what was seen: the taps and the
+    fingerprint of the target.
     """
     offsets = torch.tensor([0] + [len(d.ids) for d in documents]).cumsum(0)
-    tensors = {
-        name: torch.cat([getattr(d, name) for d in documents])
-        for name in ("ids", "mask", "taps", "states", "likeliest")
-    }
-    tensors["ids"], tensors["mask"] = tensors["ids"].int(), tensors["mask"].to(torch.uint8)
-    partial = path.with_suffix(".partial")
-    save_file(tensors | {"offsets": offsets}, partial, metadata=_metadata(taps, target))
-    partial.rename(path)
-
-
-def is_captured_from(path: Path, taps: Sequence[int], target: str) -> bool:
-    """Whether a captured shard holds these taps of this target; False where it does not say."""
-    try:
-        with safe_open(path, framework="pt") as reader:
-            return (reader.metadata() or {}) == _metadata(taps, target)
-    except (SafetensorError, OSError):
-        return False
-
-
-def _metadata(taps: Sequence[int], target: str) -> dict[str, str]:
-    return {"taps": json.dumps(list(taps)), "target": target}
+    stored = [_as_stored(document) for document in documents]
+    tensors = {name: torch.cat([d[name] for d in stored]) for name in TENSORS}
+    save_whole(path, tensors | {"offsets": offsets}, what_was_seen(taps, target))
 
 
 @torch.no_grad()
-def capture(target: TargetDecoder, documents: list[Document], batch: int = 8) -> Iterator[Captured]:
-    """The target's view of each document, in the order given; of each 64, those of like length run
-    together.
+def capture(
+    target: TargetDecoder | Watched,
+    documents: Sequence[Document],
+    batch: int = BATCH,
+    first: int = 0,
+) -> Iterator[Captured]:
+    """The target's view of each document from `first` on, in the order given; of each 64, those of
+    like length run together. Rounded to bfloat16.
+
+    A document's last bits depend on its company, so `first` moves no window; with `batch` 1 every
+    document runs alone, and what is seen is a function of it.
     """
-    for start in range(0, len(documents), 64):
-        window = documents[start : start + 64]
+    for start in range(first - first % _WINDOW, len(documents), _WINDOW):
+        window = documents[start : start + _WINDOW]
         order = sorted(range(len(window)), key=lambda i: len(window[i].ids))
         found: dict[int, Captured] = {}
-        for first in range(0, len(order), batch):
-            group = order[first : first + batch]
+        for begin in range(0, len(order), batch):
+            group = order[begin : begin + batch]
             found.update(
                 zip(group, _capture_batch(target, [window[i] for i in group]), strict=True)
             )
-        yield from (found[i] for i in range(len(window)))
+        yield from (found[i] for i in range(max(0, first - start), len(window)))
 
 
-def _capture_batch(target: TargetDecoder, documents: list[Document]) -> list[Captured]:
+def _capture_batch(
+    target: TargetDecoder | Watched, documents: Sequence[Document]
+) -> list[Captured]:
     """Right-padded batch: causal attention never lets a real token see the padding after it."""
     lengths = [len(d.ids) for d in documents]
-    batch, length = len(documents), max(lengths)
-    ids = torch.zeros(batch, length, dtype=torch.int64)
+    ids = torch.zeros(len(documents), max(lengths), dtype=torch.int64)
     for row, d in enumerate(documents):
         ids[row, : len(d.ids)] = d.ids
-    positions = torch.arange(length).expand(batch, length)
-    past = target.empty_past(batch)
-    output = target(ids, positions, causal_mask(batch, length), past, past)
+    seen = _view(target, ids) if isinstance(target, TargetDecoder) else target.view(ids, lengths)
     captured = []
     for row, (d, n) in enumerate(zip(documents, lengths, strict=True)):
-        states = output.states[row, :n]
+        states = seen.states[row, :n]
+        best = likeliest(target.logits(states))
+        taps = seen.taps[row, :n]
         captured.append(
-            Captured(
-                d.ids,
-                d.mask,
-                output.taps[row, :n].bfloat16(),
-                states.bfloat16(),
-                likeliest(target.logits(states)),
-            )
+            Captured(d.ids, d.mask, taps.bfloat16().cpu(), states.bfloat16().cpu(), best.cpu())
         )
     return captured
 
 
-def read_captured(folder: Path) -> list[Captured]:
-    """All captured documents of a folder, in order (memory-mapped by safetensors, split by
-    document).
+def _view(target: TargetDecoder, ids: Tensor) -> View:
+    """Our own decoder's view of right-padded ids [B, T], on its device."""
+    batch, length = ids.shape
+    device = target.norm.weight.device
+    positions = torch.arange(length, device=device).expand(batch, length)
+    past = target.empty_past(batch)
+    mask = causal_mask(batch, length, device=device)
+    output = target(ids.to(device), positions, mask, past, past)
+    return View(output.taps, output.states)
+
+
+def read_captured(folder: Path, seen: dict[str, str] | None = None) -> Documents:
+    """The captured documents of a folder, in order, read when they are asked for."""
+    return Stored(folder, seen)
+
+
+class Online(Documents):
+    """Documents that the target looks at whenever they are asked for: nothing is stored.
+
+    Rounded to bfloat16 as stored ones are; with `batch` 1 the same to the bit as those that were
+    captured with `batch` 1.
     """
-    documents = []
-    for path in shards(folder):
-        t = load_file(path)
-        ids, mask, offsets = t["ids"].long(), t["mask"].bool(), t["offsets"].tolist()
-        for a, b in pairwise(offsets):
-            documents.append(
-                Captured(ids[a:b], mask[a:b], t["taps"][a:b], t["states"][a:b], t["likeliest"][a:b])
-            )
-    return documents
+
+    def __init__(
+        self, target: TargetDecoder | Watched, corpus: StoredCorpus, batch: int = BATCH
+    ) -> None:
+        self._target, self._corpus, self._batch = target, corpus, batch
+        self.lengths = corpus.lengths
+
+    def take(self, indices: Iterable[int]) -> list[Captured]:
+        return list(capture(self._target, [self._corpus[i] for i in indices], self._batch))
+
+    def text(self, index: int) -> Document:
+        return self._corpus[index]

@@ -27,6 +27,10 @@ class UsageError(SlimSpecError):
     exit_code: ClassVar[int] = 2
 
 
+class UnsupportedTarget(UsageError):
+    """A sound target that this project's own decoder cannot compute; `transformers` may."""
+
+
 class MissingError(SlimSpecError):
     """Something this machine lacks: a package, a download, disk space, a device (exit code 3)."""
 

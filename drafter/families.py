@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from drafter.config import RopeConfig, TargetConfig, read_json
-from drafter.errors import UsageError
+from drafter.errors import UnsupportedTarget, UsageError
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,18 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+_OTHERS = (
+    "For such a target `pipeline train` captures with transformers, and `pipeline corpus --server` "
+    "has a server answer; it cannot be exported, checked or served."
+)
+
+
 def read_target_config(folder: Path) -> TargetConfig:
     """The target config of a Hugging Face folder, end-of-sequence ids of `generation_config.json`
     included.
 
-    Raises UsageError for an unknown family, an unknown RoPE rule, a sliding window, or a field that
-    is missing or bad.
+    Raises UnsupportedTarget for an unknown family, an unknown RoPE rule or a sliding window,
+    UsageError for a field that is missing or bad.
     """
     path = folder / "config.json"
     raw = read_json(path)
@@ -123,18 +129,21 @@ def _end_ids(eos: Any, where: Path | str) -> tuple[int, ...]:
 def _family(raw: dict[str, Any]) -> Family:
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise UsageError(
+        raise UnsupportedTarget(
             f"Target family {kind!r} is not supported; supported: {', '.join(sorted(FAMILIES))}. "
-            "CONTRIBUTING.md says how to add one."
+            f"{_OTHERS} CONTRIBUTING.md says how to add a family."
         )
     if raw.get("hidden_act", "silu") != "silu":
-        raise UsageError(f"hidden_act is {raw['hidden_act']!r}; the decoder supports 'silu'.")
+        raise UnsupportedTarget(
+            f"hidden_act is {raw['hidden_act']!r}; the decoder supports 'silu'. {_OTHERS}"
+        )
     if "sliding_attention" in str(raw.get("layer_types")) or (
         raw.get("sliding_window") and raw.get("use_sliding_window", kind == "mistral")
     ):
-        raise UsageError(
+        raise UnsupportedTarget(
             f"The target uses sliding-window attention ({raw.get('sliding_window')} tokens); "
-            "the decoder supports full attention. Set sliding_window to null for shorter contexts."
+            "the decoder supports full attention. Set sliding_window to null for shorter contexts. "
+            f"{_OTHERS}"
         )
     return FAMILIES[kind]
 
@@ -155,8 +164,8 @@ def _rope(fields: _Fields) -> RopeConfig:
     rules = _Fields(found, fields.where, f"{name}.")
     kind = found.get("rope_type", found.get("type", "default"))
     if kind not in ("default", "linear", "llama3"):
-        raise UsageError(
-            f"RoPE scaling {kind!r} is not supported; supported: default, linear, llama3."
+        raise UnsupportedTarget(
+            f"RoPE scaling {kind!r} is not supported; supported: default, linear, llama3. {_OTHERS}"
         )
     return RopeConfig(
         theta=(rules if "rope_theta" in found else fields).number("rope_theta", 10_000.0),

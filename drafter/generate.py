@@ -8,10 +8,11 @@ documents.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -19,8 +20,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from drafter.batch_decode import Text, choose, continue_texts
-from drafter.capture import CAPTURED, Captured, write_captured
-from drafter.corpus import DOCUMENTS_PER_SHARD, Document, document, shard_path, write_shard
+from drafter.capture import (
+    CAPTURED,
+    Captured,
+    parts_of,
+    read_captured,
+    write_captured,
+    write_parts,
+)
+from drafter.corpus import (
+    LIMITS,
+    Document,
+    ShardLimits,
+    document,
+    documents_per_shard,
+    shard_path,
+    write_shard,
+)
 from drafter.decoder import TargetDecoder
 from drafter.errors import UsageError
 
@@ -32,7 +48,7 @@ class GenerateConfig(BaseModel):
     """How answers are sampled. Unknown keys are refused.
 
     `keep_states` writes what training needs of the target beside the shards, in `captured/`: about
-    4.6 KB a token at H = 576.
+    4.6 KB a token at H = 576. No file is larger than `shard_megabytes`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -43,6 +59,13 @@ class GenerateConfig(BaseModel):
     batch: int = Field(32, gt=0)
     seed: int = Field(0, ge=0, le=MAX_SEED)
     keep_states: bool = False
+    shard_documents: int = Field(LIMITS.documents, gt=0)
+    shard_megabytes: float = Field(LIMITS.megabytes, gt=0)
+
+    @property
+    def limits(self) -> ShardLimits:
+        """How large a file may become."""
+        return ShardLimits(self.shard_documents, self.shard_megabytes)
 
 
 class ChatTemplate(Protocol):
@@ -50,7 +73,7 @@ class ChatTemplate(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
-    def render(self, messages: list[dict[str, str]]) -> str: ...
+    def render(self, messages: list[dict[str, str]], **options: Any) -> str: ...
 
 
 @torch.no_grad()
@@ -109,28 +132,18 @@ def answer_prompts(
     prompts: Sequence[Sequence[int]],
     config: GenerateConfig,
     shard: int,
-    progress: Callable[[int], None] | None = None,
-) -> list[tuple[Document, Captured | None]]:
-    """The documents of one shard, in the order of its prompts, with what was seen if that is
-    kept.
-    """
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + shard)
+) -> Iterator[Text]:
+    """The answered prompts of one shard as they finish, with what was seen if that is kept."""
     rotation = config.temperatures
-    answered: dict[int, tuple[Document, Captured | None]] = {}
-    for text in continue_texts(
+    return continue_texts(
         target,
         prompts,
         [rotation[i % len(rotation)] for i in range(len(prompts))],
         config.max_new_tokens,
         config.batch,
-        generator,
+        torch.Generator().manual_seed(config.seed * 1_000_003 + shard),
         config.keep_states,
-    ):
-        seen = seen_document(text) if config.keep_states else None
-        answered[text.index] = (document([*text.prompt], text.answer), seen)
-        if progress is not None:
-            progress(len(answered))
-    return [answered[i] for i in range(len(prompts))]
+    )
 
 
 def generate_corpus(
@@ -140,37 +153,85 @@ def generate_corpus(
     config: GenerateConfig,
     progress: Progress | None = None,
     fingerprint: str = "",
+    tokenizer: str | None = None,
 ) -> int:
     """Answer all prompts into shards of `out`; finished shards are kept. Returns the number of
     shards.
 
     `progress(done, total)` counts documents; kept states say that they are of the target
-    `fingerprint`. Raises UsageError for no prompts, or one that leaves no room for an answer.
+    `fingerprint`, shards that their ids are of `tokenizer`. Raises UsageError for no prompts, or
+    one that leaves no room for an answer.
     """
+    _check_prompts(prompts, target.config.max_positions)
+    out.mkdir(parents=True, exist_ok=True)
+    longest = max(map(len, prompts)) + config.max_new_tokens
+    size = documents_per_shard(longest, config.limits)
+    for shard, start in enumerate(range(0, len(prompts), size)):
+        path = shard_path(out, shard)
+        if path.exists():
+            continue
+        report = None if progress is None else partial(_tell, progress, start, len(prompts))
+        texts = answer_prompts(target, prompts[start : start + size], config, shard)
+        if config.keep_states:
+            spool = _Spool(out / CAPTURED, path, target.taps, fingerprint)
+            documents = _documents(spool.keeping(texts), report)
+            spool.close(config.limits)
+        else:
+            documents = _documents(texts, report)
+        write_shard(path, documents, tokenizer)
+    return -(-len(prompts) // size)
+
+
+def _documents(
+    texts: Iterator[Text], progress: Callable[[int], None] | None = None
+) -> list[Document]:
+    """The texts' documents in the order of their prompts; `progress` counts those that are done."""
+    found: dict[int, Document] = {}
+    for text in texts:
+        found[text.index] = document([*text.prompt], text.answer)
+        if progress is not None:
+            progress(len(found))
+    return [found[i] for i in range(len(found))]
+
+
+def _check_prompts(prompts: Sequence[Sequence[int]], room: int) -> None:
     if not prompts:
         raise UsageError(
             "There are no prompts to answer; give a prompt file with at least one line."
         )
-    room = target.config.max_positions
     for number, prompt in enumerate(prompts, 1):
         if len(prompt) >= room:
             raise UsageError(
                 f"Prompt {number} has {len(prompt)} tokens, but the target's context holds {room} "
                 f"and needs one for the answer; shorten it to {room - 1} tokens or leave it out."
             )
-    (out / CAPTURED if config.keep_states else out).mkdir(parents=True, exist_ok=True)
-    for shard, start in enumerate(range(0, len(prompts), DOCUMENTS_PER_SHARD)):
-        path = shard_path(out, shard)
-        if path.exists():
-            continue
-        part = prompts[start : start + DOCUMENTS_PER_SHARD]
-        report = None if progress is None else partial(_tell, progress, start, len(prompts))
-        answered = answer_prompts(target, part, config, shard, report)
-        if config.keep_states:
-            seen = [captured for _, captured in answered if captured is not None]
-            write_captured(out / CAPTURED / path.name, seen, target.taps, fingerprint)
-        write_shard(path, [document for document, _ in answered])
-    return -(-len(prompts) // DOCUMENTS_PER_SHARD)
+
+
+class _Spool:
+    """What was seen of one shard's texts, in a file each until all are there: they finish in any
+    order, and together they may be larger than the memory.
+    """
+
+    def __init__(self, folder: Path, shard: Path, taps: Sequence[int], target: str) -> None:
+        self._folder, self._shard, self._taps, self._target = folder, shard, taps, target
+        self._files = folder / f".{shard.stem}.spool"
+        for part in parts_of(folder, shard):  # of a run that was killed before the shard was done
+            part.unlink()
+        shutil.rmtree(self._files, ignore_errors=True)
+
+    def keeping(self, texts: Iterator[Text]) -> Iterator[Text]:
+        """The same texts; what was seen of them is written before they go on."""
+        self._files.mkdir(parents=True, exist_ok=True)
+        for text in texts:
+            path = shard_path(self._files, text.index)
+            write_captured(path, [seen_document(text)], self._taps, self._target)
+            yield text
+
+    def close(self, limits: ShardLimits) -> None:
+        """Join all files in order, into as many as the limits ask for."""
+        documents = iter(read_captured(self._files))
+        write_parts(self._folder, self._shard, documents, self._taps, self._target, limits)
+        shutil.rmtree(self._files)
 
 
 def _tell(progress: Progress, start: int, total: int, done: int) -> None:
@@ -196,15 +257,17 @@ def self_prompts(
     config: GenerateConfig,
     longest: int = 120,
     progress: Progress | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> list[list[int]]:
     """Prompts whose user turn the model writes itself from the bare template, distinct, at
     temperature 1.
 
-    Turns that do not end within `longest` tokens are dropped. Raises UsageError when the template
-    yields too few.
+    `options` are variables of the template. Turns that do not end within `longest` tokens are
+    dropped. Raises UsageError when the template yields too few.
     """
     mark = "\u241ffill\u241f"
-    parts = template.render([{"role": "user", "content": mark}]).split(mark)
+    turn = {"role": "user", "content": mark}
+    parts = template.render([turn], **(options or {})).split(mark)
     if len(parts) != 2:
         raise UsageError(
             f"The target's chat template writes a user turn {len(parts) - 1} times, so it cannot "
@@ -219,9 +282,9 @@ def self_prompts(
         target, [opening] * tries, [1.0] * tries, longest, config.batch, generator
     )
     for text in turns:
-        turn = text.answer
-        if len(turn) > 1 and turn[-1] in target.config.eos_token_ids:
-            found[(*opening, *turn[:-1], *closing)] = None
+        written = text.answer
+        if len(written) > 1 and written[-1] in target.config.eos_token_ids:
+            found[(*opening, *written[:-1], *closing)] = None
             if progress is not None:
                 progress(len(found), count)
         if len(found) >= count:

@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Template, TemplateError
+from jinja2 import Template, TemplateError, meta
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
@@ -23,6 +23,7 @@ from drafter.sources.folder import read_json_object
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_TEMPLATE_BYTES = 256 * 1024
+_MARK = "\u241fanswer\u241f"
 
 
 def vocabulary(path: Path) -> dict[str, int]:
@@ -59,6 +60,7 @@ class ChatTokenizer:
     ) -> None:
         self._tokenizer = tokenizer
         self._template = None if template is None else _compile(template)
+        self._template_text = template or ""
         self._special_tokens = dict(special_tokens)  # "bos_token" -> text, for the template
         added = tokenizer.get_added_tokens_decoder()
         self._added = {token_id: token.content for token_id, token in added.items()}
@@ -106,25 +108,55 @@ class ChatTokenizer:
         token = self._tokenizer.id_to_token(token_id)
         return b"" if token is None else self._bytes_of(token)
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def knows(self, option: str) -> bool:
+        """Whether the chat template reads a variable of that name, such as `enable_thinking`."""
+        if self._template is None:
+            return False
+        tree = self._template.environment.parse(self._template_text)
+        return option in meta.find_undeclared_variables(tree)
+
+    def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         """The chat template filled with `messages`, up to where the assistant's answer begins.
 
-        A message is `{"role": ..., "content": text}`. Raises UsageError for a bad message, for a
-        target without a template, and for what the template itself refuses.
+        A message is `{"role": ..., "content": text}`; `options` are variables of the template.
+        Raises UsageError for a bad message, for a target without a template, and for what the
+        template itself refuses.
         """
         if self._template is None:
             raise UsageError("the target has no chat template; give a plain prompt instead")
         checked = _check_messages(messages)
         try:
             return self._template.render(
-                messages=checked, add_generation_prompt=True, tools=None, **self._special_tokens
+                messages=checked,
+                add_generation_prompt=True,
+                tools=None,
+                **self._special_tokens,
+                **options,
             )
         except Exception as error:  # a template is a program: it may fail in any way
             raise UsageError(f"the chat template refuses these messages: {error}") from None
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], **options: Any
+    ) -> list[int]:
         """Token ids of `render(messages)`; the template itself writes any begin token."""
-        return self.encode(self.render(messages), add_special=False)
+        return self.encode(self.render(messages, **options), add_special=False)
+
+    def end_of_turn(self) -> int:
+        """The token that ends an answer: of the end-of-text ids the one that the chat template
+        writes after an assistant's turn. Raises UsageError where it writes none of them.
+        """
+        turns = [("user", "a"), ("assistant", _MARK), ("user", "b")]
+        text = self.render([{"role": role, "content": content} for role, content in turns])
+        after = self.encode(text.rpartition(_MARK)[2], add_special=False)
+        for token in after:
+            if token in self.eos_ids:
+                return token
+        raise UsageError(
+            "the chat template writes no end-of-text token after an assistant's turn (known: "
+            f"{', '.join(map(str, sorted(self.eos_ids))) or 'none'}), so it is unknown how an "
+            "answer ends"
+        )
 
 
 def _compile(text: str) -> Template:

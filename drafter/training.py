@@ -13,7 +13,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +25,7 @@ from torch.nn import functional as F
 
 from drafter.acceptance import expected_tau
 from drafter.batches import collate, epoch_order, supervised_positions
-from drafter.capture import Captured
+from drafter.documents import Captured, lengths_of, take, with_mask
 from drafter.eagle3 import Drafter
 from drafter.errors import UsageError
 from drafter.head_loss import STEP_WEIGHTS, Objective, chunked_loss
@@ -122,13 +121,13 @@ def train(
     """
     run.mkdir(parents=True, exist_ok=True)
     if config.supervise == "all":
-        documents = [with_prompt(document) for document in documents]
+        documents = with_mask(documents, with_prompt)
     for parameter in drafter.parameters():
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(
         drafter.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
     )
-    plan = batch_plan(config, [len(d.ids) for d in documents])
+    plan = batch_plan(config, lengths_of(documents))
     step = load_state(run, drafter, optimizer, config.model_dump(mode="json"))
     share.agree(drafter, step)
     if share.first:
@@ -136,7 +135,7 @@ def train(
     first, saved_at, clock, stopped = step, time.monotonic(), _Clock(), 0.0
     with held_interrupt() as interrupted:
         while step < len(plan) and (stop_after is None or step - first < stop_after):
-            batch = [documents[i] for i in plan[step]]
+            batch = take(documents, plan[step])
             values = train_step(drafter, optimizer, batch, config, step, len(plan), share)
             step += 1
             row = clock.report(values, batch, step, len(plan))
@@ -158,13 +157,13 @@ def train(
     return drafter
 
 
-def with_prompt(document: Captured) -> Captured:
-    """The document with loss on its prompt too. Its last token stays as it is: of a text that was
-    captured while it was written, nothing is known after that.
+def with_prompt(mask: Tensor) -> Tensor:
+    """The mask of a document with loss on its prompt too. Its last token stays as it is: of a text
+    that was captured while it was written, nothing is known after that.
     """
-    mask = torch.ones_like(document.mask)
-    mask[-1] = document.mask[-1]
-    return replace(document, mask=mask)
+    changed = torch.ones_like(mask)
+    changed[-1] = mask[-1]
+    return changed
 
 
 def train_step(

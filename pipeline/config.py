@@ -105,7 +105,18 @@ class DrafterOptions(_Options):
     variant: tuple[str, ...] = ()
 
 
-class TrainOptions(DrafterOptions):
+class CaptureOptions(_Options):
+    """How the target looks at a corpus: stored in the run's folder first, or on line, batch by
+    batch as it is trained on. `shard_megabytes` bounds the stored files.
+    """
+
+    capture: Literal["stored", "online"] = "stored"
+    capture_batch: int = Field(8, ge=1)
+    device: str = "cpu"
+    shard_megabytes: float = Field(512.0, gt=0, allow_inf_nan=False)
+
+
+class TrainOptions(DrafterOptions, CaptureOptions):
     """What `pipeline train` needs; `training`: the fields of `drafter.training.TrainConfig`."""
 
     target: str = DEFAULT_TARGET
@@ -117,8 +128,25 @@ class TrainOptions(DrafterOptions):
     training: dict[str, Any] = {}
 
 
-class CorpusOptions(_Options):
-    """What `pipeline corpus` needs. Without a prompt file the target writes the user turns."""
+class ServerOptions(_Options):
+    """OpenAI-compatible servers that answer in the target's place: base URLs with commas between
+    them. `api_key_env` names the environment variable that holds the key.
+    """
+
+    server: str | None = None
+    model: str | None = None
+    api_key_env: str | None = None
+    concurrency: int = Field(16, ge=1)
+    attempts: int = Field(6, ge=1)
+    request_timeout: float = Field(600.0, gt=0, allow_inf_nan=False)
+    max_failures: float = Field(0.01, ge=0, le=1)
+
+
+class CorpusOptions(ServerOptions):
+    """What `pipeline corpus` needs. Without a prompt file the target writes the user turns.
+
+    `thinking` on or off sets the chat template's `enable_thinking`; "template" leaves it alone.
+    """
 
     target: str = DEFAULT_TARGET
     prompts: Path | None = None
@@ -127,9 +155,12 @@ class CorpusOptions(_Options):
     temperatures: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = Field(
         (0.0, 0.6, 1.0), min_length=1
     )
+    thinking: Literal["on", "off", "template"] = "template"
     batch: int = Field(64, ge=1)
     precision: Literal["fp32", "bf16"] = "bf16"
     keep_states: bool = False
+    shard_documents: int = Field(512, ge=1)
+    shard_megabytes: float = Field(512.0, gt=0, allow_inf_nan=False)
     seed: int = Field(0, ge=0, le=2**40)
     out: Path | None = None
 
@@ -137,7 +168,7 @@ class CorpusOptions(_Options):
 T = TypeVar("T", bound=BaseModel)
 
 
-def options(model: type[T], config: Path | None = None, **given: Any) -> T:
+def options(model: type[T], config: Path | None = None, /, **given: Any) -> T:
     """The options of a command: those given (not None), else those of the file, else defaults.
 
     Raises UsageError naming the option.

@@ -1,16 +1,18 @@
-"""The corpus stage: prompts answered by the target itself, or dialogues that exist already.
+"""The corpus stage: prompts answered by the target itself, here or on servers, or dialogues that
+exist already.
 
-The result is an artifact of kind `corpus`. Shards are written to a working folder beside it first,
-so that a stopped run goes on with the next shard.
+The result is an artifact of kind `corpus`. Shards (or a server's answers) are written to a working
+folder beside it first, so that a stopped run goes on where it was.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from drafter.artifact import (
     MANIFEST,
@@ -27,7 +29,9 @@ from drafter.artifact import (
 from drafter.config import read_json
 from drafter.errors import UsageError
 from drafter.sources import TargetFolder
-from pipeline.config import CorpusOptions
+from drafter.tokenizer import ChatTokenizer, vocabulary_sha256
+from pipeline.config import CorpusOptions, ServerOptions
+from pipeline.output import write_lines
 from pipeline.progress import Tell, note, progress
 from pipeline.prompt_sets import refuse_benchmarks
 from pipeline.prompts import read_prompts
@@ -35,34 +39,51 @@ from pipeline.reports import ArtifactReport
 from pipeline.stages import artifact_report, fetch_target
 from pipeline.workspace import target_workspace
 
+if TYPE_CHECKING:
+    from drafter.decoder import TargetDecoder
+    from drafter.generate import GenerateConfig
+    from pipeline.regenerate import Regeneration
+
 KIND = "corpus"
+FAILURES = "failures.jsonl"
 _PROMPTS = "prompts.json"
+# How servers are asked, not what for: another address or more patience goes on with a stopped run.
+_MANNER = {"server", "api_key_env", "concurrency", "attempts", "request_timeout", "max_failures"}
 
 
 def corpus_stage(options: CorpusOptions, offline: bool | None = None) -> ArtifactReport:
-    """Make a corpus, going on with a stopped one. Raises UsageError."""
+    """Make a corpus, going on with a stopped one. Raises UsageError, or MissingError where a server
+    fails.
+    """
+    _check_server_options(options)
     target = fetch_target(options.target, offline)
+    template = _template_options(options, target)
     out = (options.out or target_workspace(target) / "corpus").resolve()
     refuse_foreign(out, KIND)
     inputs = {"target": target.fingerprint}
     if options.prompts is not None:
         inputs["prompts"] = sha256_file(_existing(options.prompts))
-    arguments = options.model_dump(mode="json", exclude={"target", "prompts", "out"})
+    arguments = _arguments(options)
     if is_up_to_date(out, KIND, inputs, arguments, verify="size"):
         return _report(out, up_to_date=True)
+    tokenizer = vocabulary_sha256(target.path / "tokenizer.json")
+    data: dict[str, Any] = {"tokenizer_sha256": tokenizer}
     work = _work_folder(out, {"inputs": inputs, "arguments": arguments})
     with disk_full_as_error(work), progress("corpus") as tell:
-        count = _answer(target, options, work, tell)
-    with write_artifact(out, KIND, target.name, inputs, arguments, {"documents": count}) as folder:
-        for shard in sorted(work.rglob("shard-*.safetensors")):
-            place = folder / shard.relative_to(work)
-            place.parent.mkdir(exist_ok=True)
-            link_or_copy(shard, place)
+        if options.server is not None:
+            answers = _ask(target, options, template, work, tell)
+        else:
+            data["documents"] = _answer(target, options, template, work, tell, tokenizer)
+    with write_artifact(out, KIND, target.name, inputs, arguments, data) as folder:
+        if options.server is not None:
+            data |= _write_answers(answers, options, folder, tokenizer)
+        else:
+            _link_shards(work, folder)
     shutil.rmtree(work)
     return _report(out, up_to_date=False)
 
 
-def dialogues_corpus(file: Path, out: Path, vocab_size: int) -> Path:
+def dialogues_corpus(file: Path, out: Path, vocab_size: int, tokenizer: str | None = None) -> Path:
     """A corpus artifact from a JSONL file of dialogues (see `drafter.corpus.read_dialogues`)."""
     from drafter.corpus import read_dialogues, write_shards
 
@@ -70,8 +91,9 @@ def dialogues_corpus(file: Path, out: Path, vocab_size: int) -> Path:
     arguments = {"vocab_size": vocab_size}
     if not is_up_to_date(out, KIND, inputs, arguments, verify="size"):
         note(f"reading the dialogues of {file}")
-        with write_artifact(out, KIND, file.name, inputs, arguments, {}) as folder:
-            write_shards(folder, read_dialogues(file, vocab_size))
+        data = {} if tokenizer is None else {"tokenizer_sha256": tokenizer}
+        with write_artifact(out, KIND, file.name, inputs, arguments, data) as folder:
+            write_shards(folder, read_dialogues(file, vocab_size), tokenizer=tokenizer)
     return out
 
 
@@ -88,25 +110,150 @@ def corpus_fingerprint(folder: Path) -> str:
     return hashlib.sha256(hashes.encode()).hexdigest()
 
 
-def _answer(target: TargetFolder, options: CorpusOptions, work: Path, tell: Tell) -> int:
+def _arguments(options: CorpusOptions) -> dict[str, Any]:
+    """What decides the corpus; options of servers only where one is asked."""
+    excluded = {"target", "prompts", "out", *_MANNER}
+    if options.server is None:
+        excluded |= {*ServerOptions.model_fields}
+    return options.model_dump(mode="json", exclude=excluded)
+
+
+def _check_server_options(options: CorpusOptions) -> None:
+    """Raises UsageError for options that need each other, or do not go together."""
+    if options.server is None:
+        for name in ("model", "api_key_env"):
+            if getattr(options, name) is not None:
+                raise UsageError(f"--{name.replace('_', '-')} needs --server URL.")
+        return
+    for name in ("model", "prompts"):
+        if getattr(options, name) is None:
+            raise UsageError(f"--server needs --{name}.")
+    if options.keep_states:
+        raise UsageError(
+            "--keep-states and --server were both given, but a server tells nothing of its states; "
+            "drop one: `pipeline train` captures them."
+        )
+
+
+def _template_options(options: CorpusOptions, target: TargetFolder) -> dict[str, Any]:
+    """Variables of the chat template. Raises UsageError where it does not know thinking."""
+    if options.thinking == "template":
+        return {}
+    if not ChatTokenizer.load(target.path).knows("enable_thinking"):
+        raise UsageError(
+            f"--thinking is {options.thinking}, but the chat template of {options.target} has no "
+            "enable_thinking; drop the option."
+        )
+    return {"enable_thinking": options.thinking == "on"}
+
+
+def _ask(
+    target: TargetFolder, options: CorpusOptions, template: dict[str, Any], work: Path, tell: Tell
+) -> Regeneration:
+    """All prompts answered by servers, into the log in `work`."""
+    from pipeline.answer_log import AnswerLog
+    from pipeline.chat_server import ChatServer, Retries
+    from pipeline.regenerate import Asking, Regeneration
+
+    assert options.server is not None
+    assert options.model is not None
+    prompts = _prompt_texts(options)
+    asking = Asking(
+        prompts,
+        options.temperatures,
+        options.max_tokens,
+        options.seed,
+        options.max_failures,
+        template,
+    )
+    server = ChatServer(
+        options.server.split(","),
+        options.model,
+        _api_key(options.api_key_env),
+        options.request_timeout,
+        options.concurrency,
+        Retries(options.attempts),
+    )
+    answers = Regeneration(asking, ChatTokenizer.load(target.path), AnswerLog(work, len(prompts)))
+    answers.run(server, tell)
+    return answers
+
+
+def _api_key(variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise UsageError(f"--api-key-env names {variable}, which is not set; set it to the key.")
+    if not (key.isascii() and key.isprintable()):
+        raise UsageError(f"{variable} holds characters that no key has; set it to the key alone.")
+    return key
+
+
+def _write_answers(
+    answers: Regeneration, options: CorpusOptions, folder: Path, tokenizer: str
+) -> dict[str, Any]:
+    """Answers as shards, and the prompts that have none; returns what the manifest says of them."""
+    from drafter.corpus import ShardLimits, write_shards
+
+    limits = ShardLimits(options.shard_documents, options.shard_megabytes)
+    write_shards(folder, answers.documents(), limits, tokenizer)
+    if failures := answers.failures():
+        write_lines(folder / FAILURES, failures)
+        note(f"{len(failures)} prompts have no answer: {FAILURES} in the corpus says why")
+    return {
+        "documents": len(answers.log.answered),
+        "failures": len(failures),
+        **answers.counts(),
+    }
+
+
+def _link_shards(work: Path, folder: Path) -> None:
+    for shard in sorted(work.rglob("shard-*.safetensors")):
+        place = folder / shard.relative_to(work)
+        place.parent.mkdir(exist_ok=True)
+        link_or_copy(shard, place)
+
+
+def _answer(
+    target: TargetFolder,
+    options: CorpusOptions,
+    template: dict[str, Any],
+    work: Path,
+    tell: Tell,
+    tokenizer: str,
+) -> int:
+    """All prompts answered by the target here, into shards in `work`; returns their number."""
     import torch
 
     from drafter.checkpoint import load_target
     from drafter.generate import GenerateConfig, generate_corpus
-    from drafter.tokenizer import ChatTokenizer
 
     tell("loading the target", None)
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
     model = load_target(target.path, dtype=dtype)
     config = GenerateConfig(
         max_new_tokens=options.max_tokens,
-        temperatures=options.temperatures,
-        batch=options.batch,
-        seed=options.seed,
-        keep_states=options.keep_states,
+        **options.model_dump(
+            include={
+                "temperatures",
+                "batch",
+                "seed",
+                "keep_states",
+                "shard_documents",
+                "shard_megabytes",
+            }
+        ),
     )
-    tokenizer = ChatTokenizer.load(target.path)
-    prompts = _prompts(options, work, model, tokenizer, config, tell)
+    chat = ChatTokenizer.load(target.path)
+    prompts: Sequence[Sequence[int]]
+    if options.prompts is not None:
+        prompts = [
+            chat.apply_chat_template([{"role": "user", "content": text}], **template)
+            for text in _prompt_texts(options)
+        ]
+    else:
+        prompts = _own_prompts(options.count, template, work, model, chat, config, tell)
     generate_corpus(
         model,
         prompts,
@@ -114,33 +261,45 @@ def _answer(target: TargetFolder, options: CorpusOptions, work: Path, tell: Tell
         config,
         lambda done, total: tell(f"answered {done} of {total} prompts", done / total),
         target.fingerprint,
+        tokenizer,
     )
     return len(prompts)
 
 
-def _prompts(
-    options: CorpusOptions, work: Path, model: Any, tokenizer: Any, config: Any, tell: Tell
+def _prompt_texts(options: CorpusOptions) -> list[str]:
+    """The prompts of the file; none of them is one to measure with."""
+    assert options.prompts is not None
+    every = read_prompts(options.prompts).prompts
+    chosen = every[: options.count]
+    if len(chosen) < len(every):
+        note(f"of {len(every)} prompts the first {len(chosen)} are answered: --count says so")
+    refuse_benchmarks((prompt.text for prompt in chosen), str(options.prompts))
+    return [prompt.text for prompt in chosen]
+
+
+def _own_prompts(
+    count: int,
+    template: dict[str, Any],
+    work: Path,
+    model: TargetDecoder,
+    tokenizer: ChatTokenizer,
+    config: GenerateConfig,
+    tell: Tell,
 ) -> Sequence[Sequence[int]]:
-    """Prompt token ids: of the file, or written by the model and kept for the next start."""
+    """Prompts that the target writes itself, kept for the next start."""
     from drafter.generate import self_prompts
 
-    if options.prompts is not None:
-        chosen = read_prompts(options.prompts, options.count).prompts
-        refuse_benchmarks((prompt.text for prompt in chosen), str(options.prompts))
-        return [
-            tokenizer.apply_chat_template([{"role": "user", "content": prompt.text}])
-            for prompt in chosen
-        ]
     kept = work / _PROMPTS
     if not kept.exists():
         made = self_prompts(
             model,
             tokenizer,
-            options.count,
+            count,
             config,
             progress=lambda done, total: tell(
                 f"the target wrote {done} of {total} user turns", done / total
             ),
+            options=template,
         )
         atomic_write_json(kept, {"prompts": made})
     prompts: list[list[int]] = read_json(kept)["prompts"]

@@ -18,6 +18,7 @@ from drafter.config import DrafterConfig, read_json
 from drafter.errors import UsageError
 from drafter.sources import TargetFolder
 from drafter.sources.folder import weights_fingerprint
+from pipeline.captures import Teacher
 from pipeline.config import DrafterOptions
 from pipeline.progress import note
 from pipeline.stages import find_drafter
@@ -81,7 +82,7 @@ class Material:
     where a drafter's proposals are.
     """
 
-    target: TargetFolder
+    teacher: Teacher
     config: DrafterConfig
     documents: Sequence[Captured]
     held_out: Sequence[Captured]
@@ -110,7 +111,7 @@ def _choose(material: Material, options: DrafterOptions) -> tuple[Tensor, dict[s
     from drafter.vocabulary import coverage, frequent_ids, ranked_ids
 
     config = material.config
-    tokenizer = ChatTokenizer.load(material.target.path)
+    tokenizer = ChatTokenizer.load(material.teacher.folder.path)
     needed = tokenizer.eos_ids | {i for i in tokenizer.special_ids if i < config.vocab_size}
     answers = _said(material, material.documents, "answers")
     counts = _counts(material, options)
@@ -131,23 +132,22 @@ def _choose(material: Material, options: DrafterOptions) -> tuple[Tensor, dict[s
 
 
 def _said(material: Material, documents: Sequence[Captured], source: str) -> Tensor:
-    from drafter.corpus import Document
+    from drafter.documents import texts_of
     from drafter.vocabulary import token_counts
 
-    texts = (Document(document.ids, document.mask) for document in documents)
-    return token_counts(texts, material.config.vocab_size, source)
+    return token_counts(texts_of(documents), material.config.vocab_size, source)
 
 
 def _counts(material: Material, options: DrafterOptions) -> Tensor:
     """What ranks the tokens: int64 [V]."""
-    from drafter.checkpoint import load_drafter, load_target
+    from drafter.checkpoint import load_drafter
     from drafter.vocabulary import drafted_counts
 
     if options.draft_vocab_from != DRAFTED:
         return _said(material, material.documents, options.draft_vocab_from)
     taps = material.config.taps
-    folder = find_drafter(material.target, options.vocab_drafter)
-    drafter = load_drafter(folder, load_target(material.target.path, taps))
+    folder = find_drafter(material.teacher.folder, options.vocab_drafter)
+    drafter = load_drafter(folder, material.teacher.ends(taps))
     if drafter.config.taps != taps:
         raise UsageError(
             f"the drafter in {folder} reads taps {list(drafter.config.taps)}, the one to train "

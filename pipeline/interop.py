@@ -175,8 +175,9 @@ def _checkpoint_hash(folder: Path) -> str:
 
 def _captured_folder(corpus: Path, config: DrafterConfig, target: TargetFolder) -> Path:
     """Where a corpus, or a training run, has its captured states. Raises UsageError."""
-    from drafter.capture import CAPTURED, is_captured_from
+    from drafter.capture import CAPTURED
     from drafter.corpus import shards
+    from drafter.documents import is_captured_from
 
     folder = corpus / CAPTURED if (corpus / CAPTURED).is_dir() else corpus
     for path in shards(folder):

@@ -7,7 +7,6 @@ A run has a folder: `run.json` (what it is made from), `corpus/` (where dialogue
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +15,8 @@ from pydantic import ValidationError
 
 from drafter.artifact import (
     atomic_write_json,
-    check_free_space,
     disk_full_as_error,
     is_up_to_date,
-    link_or_copy,
     read_artifact,
     refuse_foreign,
     write_artifact,
@@ -35,10 +32,10 @@ from drafter.config import (
     read_json,
 )
 from drafter.errors import UsageError
-from drafter.families import read_target_config
 from drafter.sources import TargetFolder
 from drafter.sources.folder import weights_fingerprint
 from drafter.tokenizer import vocabulary_sha256
+from pipeline.captures import Teacher, capture_corpus, captured_documents, split, teacher_of
 from pipeline.config import DrafterOptions, TrainOptions
 from pipeline.corpora import corpus_fingerprint, dialogues_corpus
 from pipeline.draft_vocabulary import (
@@ -85,12 +82,16 @@ def _train_stage(options: TrainOptions, share: Share, offline: bool | None) -> A
     training = train_config(options.training)
     with share.in_turn():
         target = fetch_target(options.target, offline)
-    config = drafter_config(options, target, read_target_config(target.path))
+    teacher = teacher_of(target)
+    config = drafter_config(options, target, teacher.shape)
+    if teacher.foreign and options.start is None and options.from_target:
+        note("the drafter's layer starts at random: it is not of the target's kind")
+        options = options.model_copy(update={"from_target": False})
     run = options.run or target_workspace(target) / "train"
     out = options.out or target_workspace(target) / "drafter"
     refuse_foreign(out, DRAFTER_KIND)
     with share.in_turn():
-        corpus = _corpus(options, target, run, config.vocab_size)
+        corpus = _corpus(options, target, run, config)
     inputs = {"target": target.fingerprint, "corpus": corpus_fingerprint(corpus)}
     inputs |= vocabulary_inputs(options, target, out)
     if options.start is not None:
@@ -101,23 +102,27 @@ def _train_stage(options: TrainOptions, share: Share, offline: bool | None) -> A
         **options.model_dump(include={"head_init", "from_target", "holdout"}),
         **vocabulary_arguments(options),
     }
+    if options.capture == "online":
+        arguments["capture"] = options.capture
     if options.draft_vocab == AUTO:  # what was asked for; what was found is in the data
         arguments["drafter"]["draft_vocab_size"] = AUTO
     if is_up_to_date(out, DRAFTER_KIND, inputs, arguments):
         return _report(out, up_to_date=True)
+    stored = run / "captured"
     with disk_full_as_error(run):
         with share.in_turn():
             _claim(run, {**inputs, **arguments})
-            _capture(target, corpus, run / "captured", config, training)
-        documents, held_out = _documents(corpus, run, options.holdout)
+            capture_corpus(teacher, corpus, stored, config, training.precision, options)
+        seen = captured_documents(teacher, corpus, stored, config, training.precision, options)
+        documents, held_out = split(seen, options.holdout, corpus)
         draft_ids: Tensor | None = None
         vocabulary: dict[str, Any] = {}
         if config.head == "truncated" and options.start is None:
             with share.in_turn():
-                material = Material(target, config, documents, held_out, training.draft_steps)
+                material = Material(teacher, config, documents, held_out, training.draft_steps)
                 draft_ids, vocabulary = draft_vocabulary(material, options, run)
             config = config.model_copy(update={"draft_vocab_size": len(draft_ids)})
-        drafter = _train(target, config, options, training, documents, draft_ids, run, share)
+        drafter = _train(teacher, config, options, training, documents, draft_ids, run, share)
     if not share.first:
         share.wait()
         return _report(out, up_to_date=False)
@@ -219,17 +224,22 @@ def _started_config(
     return checked_drafter_config({**found.model_dump(), "top_k": top_k}, str(folder))
 
 
-def _corpus(options: TrainOptions, target: TargetFolder, run: Path, vocab_size: int) -> Path:
+def _corpus(options: TrainOptions, target: TargetFolder, run: Path, config: DrafterConfig) -> Path:
+    """The corpus folder, of the target's own tokenizer. Raises UsageError."""
+    from drafter.corpus import check_tokenizer
+
+    tokenizer = vocabulary_sha256(target.path / "tokenizer.json")
     if options.corpus is not None and options.dialogues is not None:
         raise UsageError("--corpus and --dialogues were both given; one of them is needed.")
     if options.dialogues is not None:
-        return dialogues_corpus(options.dialogues, run / "corpus", vocab_size)
+        return dialogues_corpus(options.dialogues, run / "corpus", config.vocab_size, tokenizer)
     folder = options.corpus or target_workspace(target) / "corpus"
     if not folder.is_dir():
         raise UsageError(
             f"there is no corpus in {folder}; make one with `pipeline corpus --target "
             f"{options.target}` or give --corpus DIR or --dialogues FILE.jsonl.gz."
         )
+    check_tokenizer(folder, tokenizer)
     return folder
 
 
@@ -248,66 +258,8 @@ def _claim(run: Path, made_from: dict[str, Any]) -> None:
     atomic_write_json(state, made_from)
 
 
-def _documents(corpus: Path, run: Path, holdout: float) -> tuple[list[Captured], list[Captured]]:
-    """Captured documents to train on, and those held out: the last ones."""
-    from drafter.capture import read_captured
-
-    documents = read_captured(run / "captured")
-    count = max(1, round(holdout * len(documents)))
-    if count >= len(documents):
-        raise UsageError(
-            f"the corpus {corpus} has {len(documents)} documents, at least 2 are needed: one to "
-            "train on and one held out."
-        )
-    return documents[:-count], documents[-count:]
-
-
-def _capture(
-    target: TargetFolder, corpus: Path, out: Path, config: DrafterConfig, training: TrainConfig
-) -> None:
-    import torch
-
-    from drafter.capture import capture_shards
-    from drafter.checkpoint import load_target
-    from drafter.corpus import read_shard, shards
-
-    out.mkdir(parents=True, exist_ok=True)
-    paths = shards(corpus)
-    for path in paths:
-        _take_captured(path, out / path.name, config.taps, target.fingerprint)
-    todo = [path for path in paths if not (out / path.name).exists()]
-    if not todo:
-        return
-    tokens = sum(len(document.ids) for path in todo for document in read_shard(path))
-    check_free_space(out, tokens * 2 * (len(config.taps) + 1) * config.target_hidden_size)
-    dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
-    with progress("capture") as tell:
-        tell("loading the target", None)
-        model = load_target(target.path, config.taps, dtype)
-        start = time.monotonic()
-
-        def report(done: int, total: int) -> None:
-            rate = done / (time.monotonic() - start)
-            tell(f"{done} of {total} tokens, {rate:.0f} tokens/s", done / total)
-
-        capture_shards(model, corpus, out, report, target.fingerprint)
-
-
-def _take_captured(shard: Path, place: Path, taps: tuple[int, ...], target: str) -> None:
-    """Use what the corpus kept of the target, where it kept these taps of this target."""
-    from drafter.capture import CAPTURED, is_captured_from
-
-    kept = shard.parent / CAPTURED / shard.name
-    if place.exists() or not kept.exists():
-        return
-    if not is_captured_from(kept, taps, target):
-        note(f"{kept} does not hold taps {taps} of this target: capturing again")
-        return
-    link_or_copy(kept, place)
-
-
 def _train(
-    target: TargetFolder,
+    teacher: Teacher,
     config: DrafterConfig,
     options: TrainOptions,
     training: TrainConfig,
@@ -318,11 +270,11 @@ def _train(
 ) -> Drafter:
     import torch
 
-    from drafter.checkpoint import load_drafter, load_target
+    from drafter.checkpoint import load_drafter
     from drafter.start import start_drafter
     from drafter.training import train
 
-    model = load_target(target.path, config.taps)
+    target, model = teacher.folder, teacher.ends(config.taps)
     if options.start is not None:
         drafter = load_drafter(find_drafter(target, options.start), model).train()
         drafter.config = config

@@ -10,6 +10,15 @@ from pipeline.commands import options as o
 from pipeline.config import CorpusOptions, DrafterOptions, TrainOptions, default, options
 from pipeline.output import print_artifact
 
+ShardMegabytes = Annotated[
+    float | None,
+    o.option(
+        "--shard-megabytes",
+        help="Largest file of a corpus or of captured states.",
+        default=default(CorpusOptions, "shard_megabytes"),
+    ),
+]
+
 
 def corpus(
     target: o.Target = None,
@@ -40,6 +49,61 @@ def corpus(
             default=default(CorpusOptions, "temperatures"),
         ),
     ] = None,
+    thinking: Annotated[
+        str | None,
+        o.option(
+            "--thinking",
+            help="on or off: enable_thinking of the chat template; template leaves it alone.",
+            default=default(CorpusOptions, "thinking"),
+        ),
+    ] = None,
+    server: Annotated[
+        str | None,
+        o.option(
+            "--server",
+            help="OpenAI-compatible servers of the target that answer instead, like "
+            "http://host:8000/v1, comma-separated.",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, o.option("--model", help="The target's name on those servers.")
+    ] = None,
+    api_key_env: Annotated[
+        str | None,
+        o.option("--api-key-env", help="Environment variable that holds the servers' key."),
+    ] = None,
+    concurrency: Annotated[
+        int | None,
+        o.option(
+            "--concurrency",
+            help="Requests at a time.",
+            default=default(CorpusOptions, "concurrency"),
+        ),
+    ] = None,
+    attempts: Annotated[
+        int | None,
+        o.option(
+            "--attempts",
+            help="How often a prompt is asked while the servers fail.",
+            default=default(CorpusOptions, "attempts"),
+        ),
+    ] = None,
+    request_timeout: Annotated[
+        float | None,
+        o.option(
+            "--request-timeout",
+            help="Seconds without a reply that count as a failure.",
+            default=default(CorpusOptions, "request_timeout"),
+        ),
+    ] = None,
+    max_failures: Annotated[
+        float | None,
+        o.option(
+            "--max-failures",
+            help="Share of prompts that may stay without an answer.",
+            default=default(CorpusOptions, "max_failures"),
+        ),
+    ] = None,
     batch: Annotated[
         int | None,
         o.option("--batch", help="Answers at a time.", default=default(CorpusOptions, "batch")),
@@ -60,6 +124,15 @@ def corpus(
             default="no-keep-states",
         ),
     ] = None,
+    shard_documents: Annotated[
+        int | None,
+        o.option(
+            "--shard-documents",
+            help="Dialogues of a file.",
+            default=default(CorpusOptions, "shard_documents"),
+        ),
+    ] = None,
+    shard_megabytes: ShardMegabytes = None,
     out: o.Out = None,
     config: o.Config = None,
     offline: o.Offline = False,
@@ -67,12 +140,14 @@ def corpus(
 ) -> None:
     """Let the target answer prompts: the on-policy corpus a drafter learns from.
 
-    A stopped run goes on with the next shard. Prints the corpus folder.
+    It answers here, or on servers (--server) that are asked again where they fail. A stopped run
+    goes on where it was. Prints the corpus folder.
 
     \b
     Examples:
       pipeline corpus --count 2000
       pipeline corpus --prompts questions.jsonl --max-tokens 400 --out ./corpus
+      pipeline corpus --server http://host:8000/v1 --model my-llama --prompts questions.jsonl
     """
     from pipeline.corpora import corpus_stage
 
@@ -84,9 +159,19 @@ def corpus(
         count=count,
         max_tokens=max_tokens,
         temperatures=_numbers(temperatures, float, "--temperatures"),
+        thinking=thinking,
+        server=server,
+        model=model,
+        api_key_env=api_key_env,
+        concurrency=concurrency,
+        attempts=attempts,
+        request_timeout=request_timeout,
+        max_failures=max_failures,
         batch=batch,
         precision=precision,
         keep_states=keep_states,
+        shard_documents=shard_documents,
+        shard_megabytes=shard_megabytes,
         seed=seed,
         out=out,
     )
@@ -264,6 +349,32 @@ def train(
         float | None,
         o.option("--checkpoint-minutes", help="Minutes between saved states.", default="5.0"),
     ] = None,
+    capture: Annotated[
+        str | None,
+        o.option(
+            "--capture",
+            help="stored: the target's view is written to the run's folder first; online: it is "
+            "computed for every batch and not stored.",
+            default=default(TrainOptions, "capture"),
+        ),
+    ] = None,
+    capture_batch: Annotated[
+        int | None,
+        o.option(
+            "--capture-batch",
+            help="Documents that the target looks at together.",
+            default=default(TrainOptions, "capture_batch"),
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        o.option(
+            "--device",
+            help="Where the target looks at the corpus: cpu, cuda or cuda:N.",
+            default=default(TrainOptions, "device"),
+        ),
+    ] = None,
+    shard_megabytes: ShardMegabytes = None,
     run: Annotated[
         Path | None,
         o.option("--run", help="Folder of the run's states.", default="in the cache's workspace"),
@@ -326,6 +437,10 @@ def train(
         taps=_numbers(taps, int, "--taps"),
         variant=None if variant is None else tuple(variant.split(",")),
         holdout=holdout,
+        capture=capture,
+        capture_batch=capture_batch,
+        device=device,
+        shard_megabytes=shard_megabytes,
         run=run,
         out=out,
     )

@@ -94,12 +94,12 @@ def _add_errors(app: FastAPI) -> None:
 def _add_generation(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions")
     async def chat_completions(asked: ChatRequest, request: Request) -> Response:
-        reply = ChatReply(service.model, asked.include_usage)
+        reply = ChatReply(service.model, asked.include_usage, asked.return_token_ids)
         return await service.answer(asked, reply, request)
 
     @app.post("/v1/completions")
     async def completions(asked: CompletionRequest, request: Request) -> Response:
-        reply = TextReply(service.model, asked.include_usage)
+        reply = TextReply(service.model, asked.include_usage, asked.return_token_ids)
         return await service.answer(asked, reply, request)
 
 

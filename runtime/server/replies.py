@@ -51,6 +51,7 @@ class TextReply:
 
     model: str
     include_usage: bool = False
+    token_ids: bool = False  # of a whole answer, in its choice, as vLLM has it
     id: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -60,6 +61,8 @@ class TextReply:
     def whole(self, completion: Completion) -> dict[str, Any]:
         """The answer in one body."""
         content = self._content(completion.text)
+        if self.token_ids:
+            content["token_ids"] = completion.token_ids
         return {
             **self._head(self.whole_object),
             "choices": [self._choice(content, completion.finish_reason)],

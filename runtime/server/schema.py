@@ -178,6 +178,7 @@ class GenerateRequest(BaseModel):
     stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=64)
     stream: bool = False
     stream_options: StreamOptions | None = None
+    return_token_ids: bool = False
 
     @model_validator(mode="before")
     @classmethod
@@ -189,6 +190,9 @@ class GenerateRequest(BaseModel):
         if self.stream_options is not None and not self.stream:
             message = "'stream_options' is only allowed with 'stream': true."
             raise _problem("invalid_value", message, "stream_options")
+        if self.return_token_ids and self.stream:
+            message = "'return_token_ids' is only allowed without 'stream': true."
+            raise _problem("unsupported_parameter", message, "return_token_ids")
         return self
 
     @property

@@ -12,7 +12,7 @@ import torch
 
 from drafter.capture import Captured, read_captured, write_captured
 from drafter.checkpoint import load_target
-from drafter.generate import GenerateConfig, answer_prompts
+from drafter.generate import GenerateConfig, answer_prompts, seen_document
 from drafter.tokenizer import ChatTokenizer
 from pipeline.prompt_sets import benchmark_prompts
 
@@ -45,11 +45,10 @@ def write_texts(target: Path, taps: tuple[int, ...], out: Path, tokens: int) -> 
         config = GenerateConfig(
             max_new_tokens=tokens, temperatures=(temperature,), batch=40, keep_states=True
         )
-        with torch.no_grad():
-            answered = answer_prompts(model, prompts, config, shard=0)
+        answered = sorted(answer_prompts(model, prompts, config, shard=0), key=lambda t: t.index)
         folder = texts_path(out, name, temperature)
         folder.mkdir(parents=True, exist_ok=True)
-        seen = [captured for _, captured in answered if captured is not None]
+        seen = [seen_document(text) for text in answered]
         write_captured(folder / "shard-00000.safetensors", seen, taps, "")
         print(f"texts: {name} at temperature {temperature:g}, {len(seen)} answers", flush=True)
 

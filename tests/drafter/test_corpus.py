@@ -109,12 +109,9 @@ def test_warm_answers_follow_the_seed_and_end_at_the_end_token() -> None:
     assert all(a.index(2) == len(a) - 1 for a in ended)
 
 
-def test_a_corpus_goes_on_with_its_missing_shards(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("drafter.generate.DOCUMENTS_PER_SHARD", 3)
+def test_a_corpus_goes_on_with_its_missing_shards(tmp_path: Path) -> None:
     prompts = [[5 + i, 6, 7] for i in range(7)]
-    config = GenerateConfig(max_new_tokens=6, batch=2)
+    config = GenerateConfig(max_new_tokens=6, batch=2, shard_documents=3)
     assert generate_corpus(TARGET, prompts, tmp_path / "whole", config) == 3
     generate_corpus(TARGET, prompts, tmp_path / "parts", config)
     (tmp_path / "parts" / "shard-00001.safetensors").unlink()
@@ -152,19 +149,21 @@ def test_a_template_that_does_not_hold_the_turn_once_is_refused() -> None:
 
 
 class Template:
-    """A template of two markers around the user's turn."""
+    """A template of two markers around the user's turn, and one more for `loud`."""
 
-    def render(self, messages: list[dict[str, str]]) -> str:
-        return f"<{messages[0]['content']}>"
+    def render(self, messages: list[dict[str, str]], loud: bool = False) -> str:
+        return f"<{messages[0]['content']}>{'!' if loud else ''}"
 
     def encode(self, text: str) -> list[int]:
-        return [{"<": 10, ">": 11}[c] for c in text]
+        return [{"<": 10, ">": 11, "!": 12}[c] for c in text]
 
 
 def test_the_model_writes_its_own_prompts() -> None:
     prompts = self_prompts(TARGET, Template(), 5, GenerateConfig(batch=16), longest=60)
     assert len({tuple(p) for p in prompts}) == 5
     assert all(p[0] == 10 and p[-1] == 11 and 2 not in p for p in prompts)
+    (loud,) = self_prompts(TARGET, Template(), 1, GenerateConfig(batch=16), options={"loud": True})
+    assert loud[-2:] == [11, 12]
 
 
 @torch.no_grad()

@@ -68,7 +68,7 @@ def test_prompts_are_supervised_when_asked_for() -> None:
     for last in (True, False):
         document = replace(DOCUMENTS[0], mask=DOCUMENTS[0].mask.clone())
         document.mask[-1] = last
-        mask = with_prompt(document).mask
+        mask = with_prompt(document.mask)
         assert mask[:-1].all()
         assert bool(mask[-1]) is last
         assert not document.mask[0], "the document itself is left alone"

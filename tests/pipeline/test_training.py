@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from drafter.artifact import read_artifact
 from drafter.checkpoint import load_drafter, load_target
 from drafter.corpus import read_corpus
+from drafter.tokenizer import vocabulary_sha256
 from drafter.training import read_log
 from pipeline.stages import fetch_target, find_drafter
 from tests.pipeline.command import Result, assert_refused, command_line, environment, run_command
@@ -122,7 +123,7 @@ def test_a_bad_dialogue_is_named_by_its_line(
     assert_refused(train(tiny_llama_dir, f"--dialogues={path}"), 2, str(path), *words)
 
 
-@pytest.mark.parametrize("writer", ["drafter.capture.save_file", "drafter.run_state.save_file"])
+@pytest.mark.parametrize("writer", ["drafter.corpus.save_file", "drafter.run_state.save_file"])
 def test_a_full_disk_in_the_middle_is_one_sentence_and_the_run_goes_on_later(
     cache: Path,
     tiny_llama_dir: Path,
@@ -196,7 +197,8 @@ def test_a_corpus_is_the_target_s_own_answers_and_is_made_once(
     result = run_command(*arguments, "--json")
     assert result.code == 0, result.err
     folder = Path(result.json["path"])
-    assert result.json["details"] == {"documents": 3}
+    tokenizer = vocabulary_sha256(tiny_llama_dir / "tokenizer.json")
+    assert result.json["details"] == {"documents": 3, "tokenizer_sha256": tokenizer}
     documents = read_corpus(folder)
     assert [int(document.mask.sum()) <= 6 for document in documents] == [True] * 3
     assert not list(folder.parent.glob(".corpus*"))
@@ -210,13 +212,13 @@ def test_a_stopped_corpus_goes_on_with_the_shards_it_has(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("drafter.generate.DOCUMENTS_PER_SHARD", 1)
     out = tmp_path / "corpus"
     arguments = (
         "corpus",
         f"--target={tiny_llama_dir}",
         f"--prompts={prompt_file}",
         "--max-tokens=4",
+        "--shard-documents=1",
         f"--out={out}",
     )
     whole = run_command(*arguments)
@@ -226,11 +228,11 @@ def test_a_stopped_corpus_goes_on_with_the_shards_it_has(
     arguments = (*arguments[:-1], f"--out={stopped}")
     written: list[Path] = []
 
-    def stop_after_one(path: Path, documents: object) -> None:
+    def stop_after_one(path: Path, documents: object, tokenizer: str) -> None:
         if written:
             raise KeyboardInterrupt
         written.append(path)
-        write_shard(path, documents)
+        write_shard(path, documents, tokenizer)
 
     from drafter.corpus import write_shard
 

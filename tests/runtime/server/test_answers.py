@@ -7,9 +7,17 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from openai import OpenAI
+from openai import BadRequestError, OpenAI
 
-from tests.runtime.server.scripted import CONTEXT, DIGITS, MODEL, TEXT, Running, ValvedGenerator
+from tests.runtime.server.scripted import (
+    CONTEXT,
+    DIGITS,
+    END,
+    MODEL,
+    TEXT,
+    Running,
+    ValvedGenerator,
+)
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
 
@@ -42,6 +50,18 @@ class TestChat:
         assert 1 + figures["tau"] * figures["rounds"] == pytest.approx(19)
         assert figures["tau"] > 1.2
         assert figures["tok_s"] > 0
+
+    def test_token_ids_come_when_asked_for(self, client: OpenAI, generator: Any) -> None:
+        more = {"return_token_ids": True}
+        answer = client.chat.completions.create(
+            model=MODEL, messages=HELLO, temperature=0, extra_body=more
+        )
+        ids = answer.choices[0].token_ids  # type: ignore[attr-defined]
+        assert ids == [*generator.tokenizer.encode(TEXT), END]
+        with pytest.raises(BadRequestError, match="return_token_ids"):
+            client.chat.completions.create(
+                model=MODEL, messages=HELLO, stream=True, extra_body=more
+            )
 
     def test_stream_holds_the_same_text_in_whole_characters(self, client: OpenAI) -> None:
         text, finish, chunks = streamed_text(client, messages=HELLO, temperature=0)

@@ -20,14 +20,9 @@ from drafter.errors import UsageError
 from drafter.heads.truncated import TruncatedHead
 from drafter.losses import LOSSES
 from drafter.start import start_drafter
-from drafter.training import (
-    StepReport,
-    TrainConfig,
-    learning_rate,
-    read_log,
-    train,
-    with_prompt,
-)
+from drafter.train_config import TrainConfig, learning_rate
+from drafter.train_log import StepReport, read_log
+from drafter.training import train, with_prompt
 from tests.tiny_drafter import VOCAB, tiny_captured, tiny_drafter, tiny_target
 
 TARGET = tiny_target()
@@ -254,7 +249,9 @@ def test_the_state_is_on_disk_before_it_gets_its_name(
     monkeypatch.setattr(os, "fsync", fsync)
     train(tiny_drafter(TARGET), DOCUMENTS, TrainConfig(**FAST, epochs=1), tmp_path, stop_after=1)
     assert flushed[0] == "state-1.safetensors.partial"
-    assert len(flushed) == 2  # and state.json
+    assert flushed[1] == tmp_path.name, "the folder: its names are on disk too"
+    assert flushed[2].startswith(".state.json")
+    assert flushed[3:] == [tmp_path.name]
 
 
 def test_a_loss_that_is_not_finite_says_what_can_be_done(tmp_path: Path) -> None:

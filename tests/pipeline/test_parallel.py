@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from drafter.training import read_log
+from drafter.train_log import read_log
 from tests.pipeline.command import environment
 
 OPTIONS = (

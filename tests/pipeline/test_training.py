@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from drafter.artifact import read_artifact
 from drafter.checkpoint import load_drafter, load_target
 from drafter.corpus import read_corpus
-from drafter.training import read_log
+from drafter.train_log import read_log
 from pipeline.stages import fetch_target, find_drafter
 from tests.pipeline.command import Result, assert_refused, command_line, environment, run_command
 from tests.pipeline.conftest import run_arguments

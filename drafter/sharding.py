@@ -29,6 +29,7 @@ def shard(module: nn.Module, share: Share, *methods: str) -> None:
     fully_shard(module, mesh=init_device_mesh("cpu", (share.count,)))
     assert isinstance(module, FSDPModule)
     module.set_gradient_divide_factor(1.0)  # sums, not means: each loss is a part of the whole
+    module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
     for method in methods:
         register_fsdp_forward_method(module, method)
 

@@ -90,7 +90,11 @@ class DrafterOptions(_Options):
 
 
 class TrainOptions(DrafterOptions):
-    """What `pipeline train` needs; `training`: the fields of `drafter.training.TrainConfig`."""
+    """What `pipeline train` needs; `training`: the fields of `drafter.train_config.TrainConfig`.
+
+    `shard` (FSDP) and `tensorboard` (a folder) are not among the arguments of the result: the run
+    is the same with and without them.
+    """
 
     target: str = DEFAULT_TARGET
     corpus: Path | None = None
@@ -98,6 +102,8 @@ class TrainOptions(DrafterOptions):
     run: Path | None = None
     out: Path | None = None
     holdout: float = Field(0.05, gt=0, lt=1)
+    shard: bool = False
+    tensorboard: Path | None = None
     training: dict[str, Any] = {}
 
 

@@ -43,6 +43,8 @@ from drafter.sources.folder import weight_files
 from drafter.tokenizer import vocabulary_sha256
 from pipeline.config import DrafterOptions, TrainOptions
 from pipeline.corpora import corpus_fingerprint, dialogues_corpus
+from pipeline.corpus_check import check_corpus
+from pipeline.metrics import line, require_tensorboard, tensorboard
 from pipeline.progress import note, progress, quiet
 from pipeline.reports import ArtifactReport
 from pipeline.stages import DRAFTER_KIND, artifact_report, fetch_target, find_drafter
@@ -55,7 +57,8 @@ if TYPE_CHECKING:
     from drafter.capture import Captured
     from drafter.eagle3 import Drafter
     from drafter.parallel import Share
-    from drafter.training import StepReport, TrainConfig
+    from drafter.train_config import TrainConfig
+    from drafter.train_log import StepReport
 
 _STATE_DOCUMENTS = 200  # whose states start the head's factors
 _HELD_OUT_DOCUMENTS = 64  # at most so many measure the acceptance
@@ -77,6 +80,13 @@ def train_stage(options: TrainOptions, offline: bool | None = None) -> ArtifactR
 
 def _train_stage(options: TrainOptions, share: Share, offline: bool | None) -> ArtifactReport:
     training = train_config(options.training)
+    if options.shard and share.count == 1:
+        raise UsageError(
+            "--shard needs several processes, there is one; start them with "
+            "`torchrun --nproc-per-node N -m pipeline -- train --shard ...`."
+        )
+    if options.tensorboard is not None:
+        require_tensorboard()
     with share.in_turn():
         target = fetch_target(options.target, offline)
     config = drafter_config(options, target, read_target_config(target.path))
@@ -97,6 +107,7 @@ def _train_stage(options: TrainOptions, share: Share, offline: bool | None) -> A
         arguments["draft_vocab_from"] = options.draft_vocab_from
     if is_up_to_date(out, DRAFTER_KIND, inputs, arguments):
         return _report(out, up_to_date=True)
+    check_corpus(corpus, config, training.supervise)
     with disk_full_as_error(run):
         with share.in_turn():
             _claim(run, {**inputs, **arguments})
@@ -108,6 +119,7 @@ def _train_stage(options: TrainOptions, share: Share, offline: bool | None) -> A
         return _report(out, up_to_date=False)
     acceptance = _measure(drafter, held_out, training.draft_steps)
     data = {"acceptance": acceptance, "documents": len(documents), "held_out": len(held_out)}
+    data["training"] = _speed(run)
     if share.count > 1:
         data["processes"] = share.count
     _write(drafter, out, target.name, inputs, arguments, data, run / _LOG)
@@ -117,7 +129,7 @@ def _train_stage(options: TrainOptions, share: Share, offline: bool | None) -> A
 
 def train_config(fields: dict[str, Any]) -> TrainConfig:
     """The training's own options. Raises UsageError naming the option."""
-    from drafter.training import TrainConfig
+    from drafter.train_config import TrainConfig
 
     try:
         return TrainConfig(**fields)
@@ -324,15 +336,14 @@ def _train(
         )
         del states
     del model
-    with progress("train") as tell:
-        return train(
-            drafter,
-            documents,
-            training,
-            run,
-            lambda r: tell(_state(r), r.step / r.steps),
-            share=share,
-        )
+    folder = options.tensorboard if share.first else None
+    with progress("train") as tell, tensorboard(folder) as show:
+
+        def report(step: StepReport) -> None:
+            tell(line(step), step.step / step.steps)
+            show(step)
+
+        return train(drafter, documents, training, run, report, share=share, sharded=options.shard)
 
 
 def _draft_ids(
@@ -354,14 +365,17 @@ def _draft_ids(
     return ids
 
 
-def _state(report: StepReport) -> str:
-    alphas = " ".join(f"{alpha:.2f}" for alpha in report.alpha)
-    minutes, seconds = divmod(round(report.eta), 60)
-    return (
-        f"step {report.step}/{report.steps}, loss {report.loss:.3f}, alpha {alphas}, "
-        f"tau {report.expected_tau:.2f}, {report.tokens_per_second:.0f} tokens/s, "
-        f"{minutes}:{seconds:02d} left"
+def _speed(run: Path) -> dict[str, Any]:
+    """How fast the training was, by its last step: of the time since it was last started."""
+    from drafter.train_log import read_log
+
+    *_, last = read_log(run)
+    shares = {name: round(share, 4) for name, share in last.time_shares.items()}
+    note(
+        f"trained at {last.tokens_per_second:.0f} tokens/s, "
+        f"{shares.get('forward_backward', 0):.0%} of the time in forward and backward passes"
     )
+    return {"tokens_per_second": round(last.tokens_per_second, 1), "time_shares": shares}
 
 
 def _measure(drafter: Drafter, held_out: Sequence[Captured], steps: int) -> dict[str, Any]:

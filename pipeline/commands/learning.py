@@ -181,7 +181,18 @@ def train(
     ] = None,
     epochs: Annotated[int | None, o.option("--epochs", help="Passes.", default="10")] = None,
     batch_tokens: Annotated[
-        int | None, o.option("--batch-tokens", help="Tokens per step.", default="4096")
+        int | None, o.option("--batch-tokens", help="Tokens per micro-batch.", default="4096")
+    ] = None,
+    accumulate: Annotated[
+        int | None, o.option("--accumulate", help="Micro-batches per step.", default="1")
+    ] = None,
+    packing: Annotated[
+        bool | None,
+        o.option(
+            "--packing/--no-packing",
+            help="Several documents in a row instead of padding.",
+            default="no-packing",
+        ),
     ] = None,
     learning_rate: Annotated[
         float | None, o.option("--learning-rate", help="AdamW's peak rate.", default="0.001")
@@ -195,6 +206,14 @@ def train(
     ] = None,
     clip: Annotated[
         float | None, o.option("--clip", help="Largest gradient norm.", default="0.5")
+    ] = None,
+    ema: Annotated[
+        float | None,
+        o.option(
+            "--ema",
+            help="Decay of the weights' running mean, which becomes the drafter; 0 is off.",
+            default="0",
+        ),
     ] = None,
     draft_steps: Annotated[
         int | None, o.option("--draft-steps", help="Steps of the unroll.", default="4")
@@ -231,6 +250,17 @@ def train(
         float | None,
         o.option("--checkpoint-minutes", help="Minutes between saved states.", default="5.0"),
     ] = None,
+    shard: Annotated[
+        bool | None,
+        o.option(
+            "--shard/--no-shard",
+            help="torchrun: each process keeps a part of the weights (FSDP2).",
+            default="no-shard",
+        ),
+    ] = None,
+    tensorboard: Annotated[
+        Path | None, o.option("--tensorboard", help="Folder for TensorBoard's events.")
+    ] = None,
     run: Annotated[
         Path | None,
         o.option("--run", help="Folder of the run's states.", default="in the cache's workspace"),
@@ -257,10 +287,13 @@ def train(
     training = {
         "epochs": epochs,
         "batch_tokens": batch_tokens,
+        "accumulate": accumulate,
+        "packing": packing,
         "learning_rate": learning_rate,
         "final_rate": final_rate,
         "warmup_steps": warmup_steps,
         "clip": clip,
+        "ema": ema,
         "draft_steps": draft_steps,
         "step_weights": step_weights,
         "decay": decay,
@@ -288,6 +321,8 @@ def train(
         taps=_numbers(taps, int, "--taps"),
         variant=None if variant is None else tuple(variant.split(",")),
         holdout=holdout,
+        shard=shard,
+        tensorboard=tensorboard,
         run=run,
         out=out,
     )

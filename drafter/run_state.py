@@ -66,8 +66,8 @@ def save_state(run: Path, tensors: dict[str, Tensor], config: dict[str, Any], st
         {"step": step, "config": config, "tensors": name, "sha256": sha256_file(run / name)},
     )
     _flush(run)  # the old tensors go only when the new state is there to stay
-    for old in run.glob("state-*.safetensors*"):
-        if old.name != name:
+    for old in (*run.glob("state-*.safetensors*"), *run.glob(f".{STATE}.*")):
+        if old.name != name:  # what was before, and what killed processes had begun
             old.unlink()
 
 

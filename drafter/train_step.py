@@ -283,16 +283,15 @@ def _check_finite(
     if math.isfinite(value):
         return
     numbers = sorted(i for part in batch for i in part)
-    broken = [i for i in numbers if not _finite(documents[i])]
-    cause = f"the states captured of document {broken[0]} are not finite either" if broken else ""
-    mend = (
-        "remove the run folder's captured/ and train again"
-        if broken
-        else "train again with a lower --learning-rate and a new --run folder"
-    )
+    # Others than the batch's can be the cause too: the head may have been started from them.
+    broken = next((i for i in (*numbers, *range(len(documents))) if not _finite(documents[i])), -1)
+    cause, mend = "", "train again with a lower --learning-rate and a new --run folder"
+    if broken >= 0:
+        cause = f"the states captured of document {broken} are not finite; "
+        mend = "remove the run folder, with its captured/, and train again"
     raise UsageError(
         f"The {what} is {value} at step {step}, of documents {', '.join(map(str, numbers))} "
-        f"(counted from 0); {cause + '; ' if cause else ''}the last saved state is kept: {mend}."
+        f"(counted from 0); {cause}the last saved state is kept: {mend}."
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from drafter.errors import UsageError
 from drafter.sources import DEFAULT_TARGET
-from drafter.training import TrainConfig
+from drafter.train_config import TrainConfig
 from pipeline.config import RunOptions, TreeOptions, options
 from tests.pipeline.command import run_command
 

@@ -10,7 +10,7 @@ result is sum_k mean over N of weight_k * loss_k. Weights of the draft steps: `g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,34 @@ class Objective:
 
     loss: Loss
     step_weights: StepWeights
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The batch that given rows are a part of: this process's rows of the rows of `share`.
+
+    `count`: how many rows there are in all, where the parts come one after the other (micro-
+    batches); `alphas`: their mean alphas, where these were found beforehand. None: these rows and
+    those that the other processes hold at this moment are all.
+    """
+
+    share: Share = ALONE
+    count: float | None = None
+    alphas: Sequence[float] | None = None
+
+    def size(self, rows: int) -> float:
+        """The number of rows of the whole batch, at least 1."""
+        (count,) = self.share.sums([rows]) if self.count is None else (self.count,)
+        return max(count, 1)
+
+    def means(self, sums: Sequence[float], count: float) -> list[float]:
+        """The mean alphas of the whole batch from the sums over these rows."""
+        if self.alphas is not None:
+            return list(self.alphas)
+        return [total / count for total in self.share.sums(sums)]
+
+
+ALL = Whole()
 
 
 @dataclass(frozen=True)
@@ -114,26 +142,26 @@ def chunked_loss(
     log_weight: Tensor,
     objective: Objective,
     chunk: int = 32,
-    share: Share = ALONE,
+    whole: Whole = ALL,
     kept: Tensor | None = None,
 ) -> tuple[Tensor, list[float]]:
     """The same value, gradients and alphas, `chunk` rows at a time.
 
-    With a `share` of several, the rows are this process's part of all N: alphas are those of all
-    rows, value and gradients this process's part of the sum. N = 0 in all gives zeros.
+    Where the rows are a part of a `whole`, value, gradients and alphas are their part of the sums.
+    N = 0 gives zeros.
     """
-    (count,) = share.sums([len(teacher_scores)])
-    sums = [0.0] * len(scores)
+    count = whole.size(len(teacher_scores))
+    means = [0.0] * len(scores)
     if objective.loss.uses_alpha:
-        sums = _alpha_sums([z.detach() for z in scores], teacher_scores, log_weight, chunk)
-        sums = share.sums(sums)
-    alphas = [total / max(count, 1) for total in sums]
+        sums = [0.0] * len(scores)
+        if whole.alphas is None:
+            sums = alpha_sums([z.detach() for z in scores], teacher_scores, log_weight, chunk)
+        means = whole.means(sums, count)
+    found = [0.0] * len(scores)
     value: Tensor = _ChunkedLoss.apply(
-        alphas, sums, count, teacher_scores, log_weight, objective, chunk, kept, *scores
+        means, found, count, teacher_scores, log_weight, objective, chunk, kept, *scores
     )  # type: ignore[no-untyped-call]
-    if not objective.loss.uses_alpha:
-        alphas = [total / max(count, 1) for total in share.sums(sums)]
-    return value, alphas
+    return value, [total / count for total in found]
 
 
 def parts(count: int, chunk: int) -> list[slice]:
@@ -142,8 +170,8 @@ def parts(count: int, chunk: int) -> list[slice]:
 
 
 @torch.no_grad()
-def _alpha_sums(
-    scores: Sequence[Tensor], teacher_scores: Tensor, log_weight: Tensor, chunk: int
+def alpha_sums(
+    scores: Sequence[Tensor], teacher_scores: Tensor, log_weight: Tensor, chunk: int = 32
 ) -> list[float]:
     """Sum of alpha over the N rows for every draft step."""
     sums = [0.0] * len(scores)
@@ -155,23 +183,31 @@ def _alpha_sums(
 
 
 def chunk_gradients(
-    laws: Sequence[Laws],
+    laws: Iterable[Laws],
     objective: Objective,
     count: float,
-    alphas: Sequence[float],
-    sums: list[float],
+    means: Sequence[float],
+    found: list[float],
 ) -> tuple[float, list[Tensor]]:
     """A chunk's part of the loss over `count` rows, and its gradients with respect to the scores of
-    every step. `alphas` are read where the loss depends on them; else alpha is added to `sums`.
+    every step. `means` are the alphas that a loss may depend on; the chunk's are added to `found`.
+
+    One draft step's law is made and worked on at a time, while it is in cache, unless the weights
+    need them all.
     """
+    weights = objective.step_weights
+    if weights.floor is not None:
+        laws = list(laws)
+        by_step = weights.of(laws)
+    else:
+        by_step = list(weights.by_step)
     loss, total, made = objective.loss, 0.0, []
-    for k, (law, weight) in enumerate(zip(laws, objective.step_weights.of(laws), strict=True)):
+    for k, (law, weight) in enumerate(zip(laws, by_step, strict=True)):
         share = weight / count  # a number or [n]
-        total += float((share * loss.value(law, alphas[k])).sum())
+        total += float((share * loss.value(law, means[k])).sum())
         row = share[:, None] if isinstance(share, Tensor) else share
-        made.append(loss.gradient(law, alphas[k]).mul_(row))
-        if not loss.uses_alpha:
-            sums[k] += float(torch.minimum(law.p, law.q).sum())
+        made.append(loss.gradient(law, means[k]).mul_(row))
+        found[k] += float(torch.minimum(law.p, law.q).sum())
     return total, made
 
 
@@ -194,16 +230,15 @@ def fused_mixes(
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Takes the gradients in the forward pass, chunk by chunk; backward only scales them.
-
-    `alphas` are read when the loss depends on alpha; otherwise `sums` of alpha are filled in.
+    """Takes the gradients in the forward pass, chunk by chunk; backward only scales them. The sums
+    of alpha are added to `found`.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        alphas: list[float],
-        sums: list[float],
+        means: list[float],
+        found: list[float],
         count: float,
         teacher_scores: Tensor,
         log_weight: Tensor,
@@ -212,23 +247,22 @@ class _ChunkedLoss(torch.autograd.Function):
         kept: Tensor | None,
         *scores: Tensor,
     ) -> Tensor:
-        mixes = fused_mixes(teacher_scores, objective, alphas, kept)
+        mixes = fused_mixes(teacher_scores, objective, means, kept)
         if mixes is not None:
             from drafter.triton_loss import fused_gradients
 
             scales = [weight / count for weight in objective.step_weights.by_step]
-            found = fused_gradients(scores, teacher_scores, log_weight, mixes, scales)
-            if not objective.loss.uses_alpha:
-                sums[:] = found.alphas
-            ctx.save_for_backward(*found.gradients)
-            return torch.tensor(found.value)
+            fused = fused_gradients(scores, teacher_scores, log_weight, mixes, scales)
+            found[:] = [a + b for a, b in zip(found, fused.alphas, strict=True)]
+            ctx.save_for_backward(*fused.gradients)
+            return torch.tensor(fused.value)
         gradients = [torch.empty_like(z) for z in scores]
         total = 0.0
         for part in parts(len(teacher_scores), chunk):
             log_p = log_law(teacher_scores[part], log_weight)  # [n, C]
             first = Laws.of(log_p, log_p, kept, log_weight)
-            laws = [first.against(log_law(z[part], log_weight)) for z in scores]
-            value, made = chunk_gradients(laws, objective, count, alphas, sums)
+            laws = (first.against(log_law(z[part], log_weight)) for z in scores)
+            value, made = chunk_gradients(laws, objective, count, means, found)
             total += value
             for gradient, new in zip(gradients, made, strict=True):
                 gradient[part] = new

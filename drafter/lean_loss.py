@@ -9,16 +9,15 @@ from its states, once a chunk for all K steps. Value, gradients and alphas are t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from drafter.head_loss import Objective, chunk_gradients, log_law, parts
+from drafter.head_loss import ALL, Objective, Whole, chunk_gradients, log_law, parts
 from drafter.losses import Laws, alpha
-from drafter.parallel import ALONE, Share
 
 Score = Callable[[Tensor], Tensor]
 
@@ -36,13 +35,13 @@ class Scoring:
     log_weight: Tensor
     kept: Tensor | None = None
 
-    def laws(self, inputs: Sequence[Tensor], teacher: Tensor) -> tuple[list[Tensor], list[Laws]]:
-        """Scores (with a graph, where gradients are on) and laws of a few rows, per draft step."""
-        scores = [self.drafter(h) for h in inputs]
-        with torch.no_grad():
-            log_p = log_law(self.teacher(teacher), self.log_weight)
-            first = Laws.of(log_p, log_p, self.kept, self.log_weight)
-            return scores, [first.against(log_law(z, self.log_weight)) for z in scores]
+    def laws(self, scores: Sequence[Tensor], teacher: Tensor) -> Iterator[Laws]:
+        """The laws of a few rows, one draft step after the other: K scores [n, C], states [n, Ht].
+        The teacher's is worked out once.
+        """
+        log_p = log_law(self.teacher(teacher), self.log_weight)
+        first = Laws.of(log_p, log_p, self.kept, self.log_weight)
+        return (first.against(log_law(z.detach(), self.log_weight)) for z in scores)
 
 
 def lean_loss(
@@ -51,34 +50,35 @@ def lean_loss(
     scoring: Scoring,
     objective: Objective,
     chunk: int = 64,
-    share: Share = ALONE,
+    whole: Whole = ALL,
 ) -> tuple[Tensor, list[float]]:
     """K head inputs [N, H] and teacher states [N, Ht] -> the loss and the K mean alphas.
 
-    With a `share` of several, as in `chunked_loss`.
+    Of a part of a `whole`, as in `chunked_loss`.
     """
-    (count,) = share.sums([len(teacher)])
-    alphas = [0.0] * len(inputs)
+    count = whole.size(len(teacher))
+    means = [0.0] * len(inputs)
     if objective.loss.uses_alpha:
-        sums = share.sums(_alpha_sums(inputs, teacher, scoring, chunk))
-        alphas = [total / max(count, 1) for total in sums]
+        sums = [0.0] * len(inputs)
+        if whole.alphas is None:
+            sums = lean_alpha_sums(inputs, teacher, scoring, chunk)
+        means = whole.means(sums, count)
     found = [0.0] * len(inputs)
     value: Tensor = _LeanLoss.apply(
-        alphas, found, count, teacher, scoring, objective, chunk, *scoring.parameters, *inputs
+        means, found, count, teacher, scoring, objective, chunk, *scoring.parameters, *inputs
     )  # type: ignore[no-untyped-call]
-    if not objective.loss.uses_alpha:
-        alphas = [total / max(count, 1) for total in share.sums(found)]
-    return value, alphas
+    return value, [total / count for total in found]
 
 
 @torch.no_grad()
-def _alpha_sums(
-    inputs: Sequence[Tensor], teacher: Tensor, scoring: Scoring, chunk: int
+def lean_alpha_sums(
+    inputs: Sequence[Tensor], teacher: Tensor, scoring: Scoring, chunk: int = 64
 ) -> list[float]:
+    """Sum of alpha over the N rows for every draft step."""
     sums = [0.0] * len(inputs)
     for part in parts(len(teacher), chunk):
-        _, laws = scoring.laws([h[part] for h in inputs], teacher[part])
-        for k, law in enumerate(laws):
+        scores = [scoring.drafter(h[part]) for h in inputs]
+        for k, law in enumerate(scoring.laws(scores, teacher[part])):
             sums[k] += float(alpha(law.log_p, law.log_q).sum())
     return sums
 
@@ -89,7 +89,7 @@ class _LeanLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        alphas: list[float],
+        means: list[float],
         found: list[float],
         count: float,
         teacher: Tensor,
@@ -105,8 +105,9 @@ class _LeanLoss(torch.autograd.Function):
         for part in parts(len(teacher), chunk):
             leaves = [h[part].detach().requires_grad_() for h in inputs]
             with torch.enable_grad():
-                scores, laws = scoring.laws(leaves, teacher[part])
-            value, outer = chunk_gradients(laws, objective, count, alphas, found)
+                scores = [scoring.drafter(h) for h in leaves]
+            laws = scoring.laws(scores, teacher[part])
+            value, outer = chunk_gradients(laws, objective, count, means, found)
             total += value
             outer = [g.to(z.dtype) for g, z in zip(outer, scores, strict=True)]
             made = torch.autograd.grad(scores, [*leaves, *scoring.parameters], outer)

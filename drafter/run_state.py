@@ -1,8 +1,9 @@
-"""The state of a training run on disk: parameters, optimiser moments and step, in safetensors and
-JSON.
+"""The state of a training run on disk: parameters, optimiser moments, the running mean of the
+weights and the step, in safetensors and JSON.
 
-Both files are written under temporary names and renamed, tensors first; the JSON names the tensors'
-hash, so a crash between the two renames is noticed rather than resumed from.
+The tensors are written first, under a name of their own, and the JSON that names them and their
+hash is replaced after that: at any moment it names a whole state, so a killed run goes on from the
+last one.
 """
 
 from __future__ import annotations
@@ -13,50 +14,69 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from drafter.artifact import atomic_write_json, sha256_file
 from drafter.errors import UsageError
+from drafter.sharding import full, like
+from drafter.train_step import Learner
 
 TENSORS = "state-{step}.safetensors"
 STATE = "state.json"
 
 
-def save_state(
-    run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], step: int
-) -> None:
-    """Write the state after `step` steps; the previous state goes once the new one is whole."""
-    tensors = {f"model.{k}": v.detach().contiguous() for k, v in model.state_dict().items()}
-    for index, moments in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in moments.items()}
+@dataclass(frozen=True)
+class Saved:
+    """What a run had after `step` steps: named tensors."""
+
+    step: int
+    tensors: dict[str, Tensor]
+
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors named `prefix.NAME`, by NAME."""
+        start = f"{prefix}."
+        return {k.removeprefix(start): v for k, v in self.tensors.items() if k.startswith(start)}
+
+
+def save_state(run: Path, tensors: dict[str, Tensor], config: dict[str, Any], step: int) -> None:
+    """Write the state after `step` steps; the previous one goes once the new one is whole.
+
+    Raises UsageError, and keeps the previous one, where a tensor is not finite.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise UsageError(
+                f"{name} is not finite after step {step}; the last saved state is kept: train "
+                "again with a lower --learning-rate and a new --run folder."
+            )
     name = TENSORS.format(step=step)
     partial = run / f"{name}.partial"
     save_file(tensors, partial)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())  # or a power cut could leave the new name with old blocks
+    _flush(partial)  # or a power cut could leave the new name with old blocks
     partial.rename(run / name)
+    _flush(run)
     atomic_write_json(
         run / STATE,
         {"step": step, "config": config, "tensors": name, "sha256": sha256_file(run / name)},
     )
-    for old in run.glob("state-*.safetensors"):
-        if old.name != name:
+    _flush(run)  # the old tensors go only when the new state is there to stay
+    for old in (*run.glob("state-*.safetensors*"), *run.glob(f".{STATE}.*")):
+        if old.name != name:  # what was before, and what killed processes had begun
             old.unlink()
 
 
-def load_state(
-    run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]
-) -> int:
-    """Restore model and optimiser in place; returns the steps done, 0 for a new run. Raises
-    UsageError.
+def load_state(run: Path, config: dict[str, Any]) -> Saved | None:
+    """The saved state of a run, None for a new one. Raises UsageError where it is damaged or of
+    another config.
     """
     if not (run / STATE).exists():
-        return 0
+        return None
     state = json.loads((run / STATE).read_text(encoding="utf-8"))
     changed = {k: (v, config.get(k)) for k, v in state["config"].items() if config.get(k) != v}
     if changed:
@@ -68,12 +88,35 @@ def load_state(
     path = run / state["tensors"]
     if not path.exists() or sha256_file(path) != state["sha256"]:
         raise UsageError(f"{path} is missing or damaged; delete {run} and train again.")
-    tensors = load_file(path)
-    model.load_state_dict(
-        {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-    )
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": _moments(tensors)})
-    return int(state["step"])
+    return Saved(int(state["step"]), load_file(path))
+
+
+def learner_tensors(learner: Learner) -> dict[str, Tensor]:
+    """All that a run needs to go on, by name, whole. Every process must ask."""
+    drafter, optimizer = learner.drafter, learner.optimizer
+    tensors = {f"model.{k}": v.detach() for k, v in drafter.state_dict().items()}
+    for index, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in moments.items()}
+    if learner.average is not None:
+        tensors |= {f"average.{k}": v for k, v in learner.average.means.items()}
+    return {name: full(tensor).contiguous() for name, tensor in tensors.items()}
+
+
+def restore_learner(learner: Learner, saved: Saved) -> None:
+    """Give a learner its optimiser's moments and the mean of its weights; the weights themselves
+    are loaded before it is made.
+    """
+    parameters = dict(enumerate(learner.drafter.parameters()))
+    moments: dict[int, dict[str, Tensor]] = {}
+    for key, value in saved.part("optimizer").items():
+        index, name = key.split(".", 1)
+        whole = parameters[int(index)]
+        moments.setdefault(int(index), {})[name] = value if value.dim() == 0 else like(whole, value)
+    learner.optimizer.load_state_dict({**learner.optimizer.state_dict(), "state": moments})
+    if learner.average is not None:
+        means = saved.part("average")
+        for name, parameter in learner.drafter.named_parameters():
+            learner.average.means[name] = like(parameter, means[name])
 
 
 @contextmanager
@@ -99,10 +142,10 @@ def held_interrupt() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-def _moments(tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
-    moments: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        if key.startswith("optimizer."):
-            _, index, name = key.split(".", 2)
-            moments.setdefault(int(index), {})[name] = value
-    return moments
+def _flush(path: Path) -> None:
+    """Wait until a file or folder is on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -86,10 +86,12 @@ class DrafterOptions(_Options):
     `drafter.config.VARIANTS`. `draft_vocab` None is a quarter of the vocabulary, for a truncated
     head; "auto" is searched for, of at least `min_coverage`, by `coverage_weight`
     (`drafter.vocabulary_size`). `vocab_drafter` None is the target's own. With
-    `start`, a drafter to train on, shape and weights are that drafter's.
+    `start`, a drafter to train on, shape and weights are that drafter's; `body` is one whose layer
+    gets a fresh head.
     """
 
     start: str | None = None
+    body: str | None = None
     head: str = "low_rank"
     rank: int | None = Field(None, ge=1)
     rescore: int = Field(128, ge=0)
@@ -104,6 +106,11 @@ class DrafterOptions(_Options):
     taps: tuple[int, ...] | None = None
     variant: tuple[str, ...] = ()
 
+    @property
+    def starts_from_target(self) -> bool:
+        """Whether the layer starts as the target's last one."""
+        return self.from_target and self.start is None and self.body is None
+
 
 class CaptureOptions(_Options):
     """How the target looks at a corpus: stored in the run's folder first, or on line, batch by
@@ -117,7 +124,11 @@ class CaptureOptions(_Options):
 
 
 class TrainOptions(DrafterOptions, CaptureOptions):
-    """What `pipeline train` needs; `training`: the fields of `drafter.training.TrainConfig`."""
+    """What `pipeline train` needs; `training`: the fields of `drafter.train_config.TrainConfig`.
+
+    `shard` (FSDP) and `tensorboard` (a folder) are not among the arguments of the result: the run
+    is the same with and without them.
+    """
 
     target: str = DEFAULT_TARGET
     corpus: Path | None = None
@@ -125,6 +136,8 @@ class TrainOptions(DrafterOptions, CaptureOptions):
     run: Path | None = None
     out: Path | None = None
     holdout: float = Field(0.05, gt=0, lt=1)
+    shard: bool = False
+    tensorboard: Path | None = None
     training: dict[str, Any] = {}
 
 

@@ -22,30 +22,25 @@ from drafter.artifact import (
     write_artifact,
 )
 from drafter.config import (
-    VARIANTS,
     DrafterConfig,
-    TargetConfig,
-    checked_drafter_config,
-    default_top_k,
-    drafter_config_for,
-    read_drafter_config,
     read_json,
 )
 from drafter.errors import UsageError
 from drafter.sources import TargetFolder
-from drafter.sources.folder import weights_fingerprint
 from drafter.tokenizer import vocabulary_sha256
 from pipeline.captures import Teacher, capture_corpus, captured_documents, split, teacher_of
-from pipeline.config import DrafterOptions, TrainOptions
+from pipeline.config import TrainOptions
 from pipeline.corpora import corpus_fingerprint, dialogues_corpus
+from pipeline.corpus_check import check_corpus
 from pipeline.draft_vocabulary import (
     AUTO,
     Material,
-    check_vocabulary_options,
     draft_vocabulary,
     vocabulary_arguments,
     vocabulary_inputs,
 )
+from pipeline.drafter_shape import drafter_config, start_fingerprint
+from pipeline.metrics import line, require_tensorboard, tensorboard
 from pipeline.progress import note, progress, quiet
 from pipeline.reports import ArtifactReport
 from pipeline.stages import DRAFTER_KIND, artifact_report, fetch_target, find_drafter
@@ -58,7 +53,8 @@ if TYPE_CHECKING:
     from drafter.capture import Captured
     from drafter.eagle3 import Drafter
     from drafter.parallel import Share
-    from drafter.training import StepReport, TrainConfig
+    from drafter.train_config import TrainConfig
+    from drafter.train_log import StepReport
 
 _STATE_DOCUMENTS = 200  # whose states start the head's factors
 _HELD_OUT_DOCUMENTS = 64  # at most so many measure the acceptance
@@ -80,11 +76,12 @@ def train_stage(options: TrainOptions, offline: bool | None = None) -> ArtifactR
 
 def _train_stage(options: TrainOptions, share: Share, offline: bool | None) -> ArtifactReport:
     training = train_config(options.training)
+    _check_surroundings(options, share)
     with share.in_turn():
         target = fetch_target(options.target, offline)
     teacher = teacher_of(target)
     config = drafter_config(options, target, teacher.shape)
-    if teacher.foreign and options.start is None and options.from_target:
+    if teacher.foreign and options.starts_from_target:
         note("the drafter's layer starts at random: it is not of the target's kind")
         options = options.model_copy(update={"from_target": False})
     run = options.run or target_workspace(target) / "train"
@@ -92,10 +89,47 @@ def _train_stage(options: TrainOptions, share: Share, offline: bool | None) -> A
     refuse_foreign(out, DRAFTER_KIND)
     with share.in_turn():
         corpus = _corpus(options, target, run, config)
+    inputs = _inputs(options, target, corpus, out)
+    arguments = _arguments(options, config, training)
+    if is_up_to_date(out, DRAFTER_KIND, inputs, arguments):
+        return _report(out, up_to_date=True)
+    check_corpus(corpus, config, training.supervise)
+    with disk_full_as_error(run):
+        with share.in_turn():
+            _claim(run, {**inputs, **arguments})
+        drafter, data = _trained(teacher, config, options, training, corpus, run, share)
+    if share.first:
+        if share.count > 1:
+            data["processes"] = share.count
+        _write(drafter, out, target.name, inputs, arguments, data, run / _LOG)
+    share.wait()
+    return _report(out, up_to_date=False)
+
+
+def _check_surroundings(options: TrainOptions, share: Share) -> None:
+    """Refuse what this environment cannot do. Raises UsageError, MissingError."""
+    if options.shard and share.count == 1:
+        raise UsageError(
+            "--shard needs several processes, there is one; start them with "
+            "`torchrun --nproc-per-node N -m pipeline -- train --shard ...`."
+        )
+    if options.tensorboard is not None:
+        require_tensorboard()
+
+
+def _inputs(options: TrainOptions, target: TargetFolder, corpus: Path, out: Path) -> dict[str, str]:
+    """What the drafter is made from, by hash. Raises UsageError."""
     inputs = {"target": target.fingerprint, "corpus": corpus_fingerprint(corpus)}
     inputs |= vocabulary_inputs(options, target, out)
-    if options.start is not None:
-        inputs["start"] = _start_fingerprint(find_drafter(target, options.start), out)
+    for name, chosen in (("start", options.start), ("body", options.body)):
+        if chosen is not None:
+            inputs[name] = start_fingerprint(name, find_drafter(target, chosen), out)
+    return inputs
+
+
+def _arguments(
+    options: TrainOptions, config: DrafterConfig, training: TrainConfig
+) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "drafter": config.model_dump(mode="json"),
         "training": training.model_dump(mode="json"),
@@ -106,40 +140,41 @@ def _train_stage(options: TrainOptions, share: Share, offline: bool | None) -> A
         arguments["capture"] = options.capture
     if options.draft_vocab == AUTO:  # what was asked for; what was found is in the data
         arguments["drafter"]["draft_vocab_size"] = AUTO
-    if is_up_to_date(out, DRAFTER_KIND, inputs, arguments):
-        return _report(out, up_to_date=True)
+    return arguments
+
+
+def _trained(
+    teacher: Teacher,
+    config: DrafterConfig,
+    options: TrainOptions,
+    training: TrainConfig,
+    corpus: Path,
+    run: Path,
+    share: Share,
+) -> tuple[Drafter, dict[str, Any]]:
+    """The trained drafter and what its manifest says of it; only the first process measures."""
     stored = run / "captured"
-    with disk_full_as_error(run):
+    with share.in_turn():
+        capture_corpus(teacher, corpus, stored, config, training.precision, options)
+    seen = captured_documents(teacher, corpus, stored, config, training.precision, options)
+    documents, held_out = split(seen, options.holdout, corpus)
+    draft_ids: Tensor | None = None
+    data: dict[str, Any] = {"documents": len(documents), "held_out": len(held_out)}
+    if config.head == "truncated" and options.start is None:
         with share.in_turn():
-            _claim(run, {**inputs, **arguments})
-            capture_corpus(teacher, corpus, stored, config, training.precision, options)
-        seen = captured_documents(teacher, corpus, stored, config, training.precision, options)
-        documents, held_out = split(seen, options.holdout, corpus)
-        draft_ids: Tensor | None = None
-        vocabulary: dict[str, Any] = {}
-        if config.head == "truncated" and options.start is None:
-            with share.in_turn():
-                material = Material(teacher, config, documents, held_out, training.draft_steps)
-                draft_ids, vocabulary = draft_vocabulary(material, options, run)
-            config = config.model_copy(update={"draft_vocab_size": len(draft_ids)})
-        drafter = _train(teacher, config, options, training, documents, draft_ids, run, share)
-    if not share.first:
-        share.wait()
-        return _report(out, up_to_date=False)
-    acceptance = _measure(drafter, held_out, training.draft_steps)
-    data = {"acceptance": acceptance, "documents": len(documents), "held_out": len(held_out)}
-    if vocabulary:
-        data["draft_vocabulary"] = vocabulary
-    if share.count > 1:
-        data["processes"] = share.count
-    _write(drafter, out, target.name, inputs, arguments, data, run / _LOG)
-    share.wait()
-    return _report(out, up_to_date=False)
+            material = Material(teacher, config, documents, held_out, training.draft_steps)
+            draft_ids, data["draft_vocabulary"] = draft_vocabulary(material, options, run)
+        config = config.model_copy(update={"draft_vocab_size": len(draft_ids)})
+    drafter = _train(teacher, config, options, training, documents, draft_ids, run, share)
+    if share.first:
+        data["acceptance"] = _measure(drafter, held_out, training.draft_steps)
+        data["training"] = _speed(run)
+    return drafter, data
 
 
 def train_config(fields: dict[str, Any]) -> TrainConfig:
     """The training's own options. Raises UsageError naming the option."""
-    from drafter.training import TrainConfig
+    from drafter.train_config import TrainConfig
 
     try:
         return TrainConfig(**fields)
@@ -148,80 +183,6 @@ def train_config(fields: dict[str, Any]) -> TrainConfig:
         name = "-".join(str(part) for part in first["loc"]).replace("_", "-")
         reason = first["msg"].removeprefix("Input ")
         raise UsageError(f"--{name} is {first['input']!r}: it {reason}.") from None
-
-
-def drafter_config(
-    options: TrainOptions, target: TargetFolder, shape: TargetConfig
-) -> DrafterConfig:
-    """The drafter to train. Raises UsageError for a rank, tap or rescoring that does not fit."""
-    from drafter.heads import HEADS
-
-    if options.start is not None:
-        return _started_config(options, target, shape)
-    if options.head not in HEADS:
-        raise UsageError(f"--head is '{options.head}'; known heads: {', '.join(sorted(HEADS))}.")
-    low_rank = options.head == "low_rank"
-    if not low_rank and options.rank is not None:
-        raise UsageError(f"--rank is for the low_rank head, --head is {options.head}; drop one.")
-    check_vocabulary_options(options)
-    size = options.draft_vocab
-    if size in (None, AUTO):  # what the search finds takes the place of the quarter
-        size = max(1, shape.vocab_size // 4)
-    changes: dict[str, Any] = {
-        "head": options.head,
-        "draft_vocab_size": size if options.head == "truncated" else None,
-        "lm_head_rank": options.rank,
-        "rescore": min(options.rescore, shape.vocab_size) if low_rank else 0,
-        "tokenizer_sha256": vocabulary_sha256(target.path / "tokenizer.json"),
-    }
-    if options.taps is not None:
-        changes["taps"] = options.taps
-    for name in options.variant:
-        if name not in VARIANTS:
-            raise UsageError(f"--variant is '{name}'; known variants: {', '.join(VARIANTS)}.")
-        changes[name] = True
-    return drafter_config_for(shape, **changes)
-
-
-def _start_fingerprint(start: Path, out: Path) -> str:
-    """Hex SHA-256 of the weights that training goes on from. Raises UsageError for a damaged
-    drafter, or when the result would replace it.
-    """
-    from drafter.checkpoint import check_weights
-
-    if start.resolve() == out.resolve():
-        raise UsageError(f"--start and --out are both {out}; give another --out folder.")
-    check_weights(start)  # found now, not after the capture
-    return weights_fingerprint(start)
-
-
-def _started_config(
-    options: TrainOptions, target: TargetFolder, shape: TargetConfig
-) -> DrafterConfig:
-    """The shape of the drafter that training goes on from; options of the shape would be lost."""
-    from drafter.checkpoint import check_fits
-
-    assert options.start is not None
-    if lost := sorted(options.model_fields_set & {*DrafterOptions.model_fields} - {"start"}):
-        name = lost[0].replace("_", "-")
-        if lost[0] == "from_target" and not options.from_target:
-            name = "from-random"
-        raise UsageError(
-            f"--{name} and --start were both given; with --start shape and weights are those of "
-            f"the drafter in {options.start}: drop one of them."
-        )
-    folder = find_drafter(target, options.start)
-    found = read_drafter_config(folder)
-    check_fits(found, shape, folder)
-    tokenizer = vocabulary_sha256(target.path / "tokenizer.json")
-    if found.tokenizer_sha256 not in (None, tokenizer):
-        raise UsageError(
-            f"the drafter in {folder} was trained for another tokenizer than that of "
-            f"{options.target}; drop --start, or train on for its own target."
-        )
-    # No weight depends on how many candidates come back.
-    top_k = default_top_k(found.rescore, found.draft_vocab_size or found.vocab_size)
-    return checked_drafter_config({**found.model_dump(), "top_k": top_k}, str(folder))
 
 
 def _corpus(options: TrainOptions, target: TargetFolder, run: Path, config: DrafterConfig) -> Path:
@@ -268,48 +229,62 @@ def _train(
     run: Path,
     share: Share,
 ) -> Drafter:
+    from drafter.training import train
+
+    drafter = _fresh(teacher, config, options, documents, draft_ids, training.seed)
+    folder = options.tensorboard if share.first else None
+    with progress("train") as tell, tensorboard(folder) as show:
+
+        def report(step: StepReport) -> None:
+            tell(line(step), step.step / step.steps)
+            show(step)
+
+        return train(drafter, documents, training, run, report, share=share, sharded=options.shard)
+
+
+def _fresh(
+    teacher: Teacher,
+    config: DrafterConfig,
+    options: TrainOptions,
+    documents: Sequence[Captured],
+    draft_ids: Tensor | None,
+    seed: int,
+) -> Drafter:
+    """The drafter before its first step."""
     import torch
 
     from drafter.checkpoint import load_drafter
     from drafter.start import start_drafter
-    from drafter.training import train
 
-    target, model = teacher.folder, teacher.ends(config.taps)
-    if options.start is not None:
-        drafter = load_drafter(find_drafter(target, options.start), model).train()
-        drafter.config = config
-    else:
-        states = torch.cat([d.states[d.mask] for d in documents[:_STATE_DOCUMENTS]]).float()
-        drafter = start_drafter(
-            config,
-            model,
-            head_init=options.head_init,
-            from_target=options.from_target,
-            states=states,
-            draft_ids=draft_ids,
-            seed=training.seed,
-        )
-        del states
-    del model
-    with progress("train") as tell:
-        return train(
-            drafter,
-            documents,
-            training,
-            run,
-            lambda r: tell(_state(r), r.step / r.steps),
-            share=share,
-        )
-
-
-def _state(report: StepReport) -> str:
-    alphas = " ".join(f"{alpha:.2f}" for alpha in report.alpha)
-    minutes, seconds = divmod(round(report.eta), 60)
-    return (
-        f"step {report.step}/{report.steps}, loss {report.loss:.3f}, alpha {alphas}, "
-        f"tau {report.expected_tau:.2f}, {report.tokens_per_second:.0f} tokens/s, "
-        f"{minutes}:{seconds:02d} left"
+    model = teacher.ends(config.taps)
+    chosen = options.start or options.body
+    other = load_drafter(find_drafter(teacher.folder, chosen), model) if chosen else None
+    if options.start is not None and other is not None:
+        other.config = config
+        return other.train()
+    return start_drafter(
+        config,
+        model,
+        head_init=options.head_init,
+        from_target=options.from_target,
+        states=torch.cat([d.states[d.mask] for d in documents[:_STATE_DOCUMENTS]]).float(),
+        draft_ids=draft_ids,
+        body=other,
+        seed=seed,
     )
+
+
+def _speed(run: Path) -> dict[str, Any]:
+    """How fast the training was, by its last step: of the time since it was last started."""
+    from drafter.train_log import read_log
+
+    *_, last = read_log(run)
+    shares = {name: round(share, 4) for name, share in last.time_shares.items()}
+    note(
+        f"trained at {last.tokens_per_second:.0f} tokens/s, "
+        f"{shares.get('forward_backward', 0):.0%} of the time in forward and backward passes"
+    )
+    return {"tokens_per_second": round(last.tokens_per_second, 1), "time_shares": shares}
 
 
 def _measure(drafter: Drafter, held_out: Sequence[Captured], steps: int) -> dict[str, Any]:

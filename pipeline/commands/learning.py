@@ -196,6 +196,14 @@ def train(
             default="a fresh one",
         ),
     ] = None,
+    body: Annotated[
+        str | None,
+        o.option(
+            "--body",
+            help="Take the layer of this drafter, with a fresh head on it.",
+            default="a fresh one",
+        ),
+    ] = None,
     head: Annotated[
         str | None,
         o.option(
@@ -299,7 +307,18 @@ def train(
     ] = None,
     epochs: Annotated[int | None, o.option("--epochs", help="Passes.", default="10")] = None,
     batch_tokens: Annotated[
-        int | None, o.option("--batch-tokens", help="Tokens per step.", default="4096")
+        int | None, o.option("--batch-tokens", help="Tokens per micro-batch.", default="4096")
+    ] = None,
+    accumulate: Annotated[
+        int | None, o.option("--accumulate", help="Micro-batches per step.", default="1")
+    ] = None,
+    packing: Annotated[
+        bool | None,
+        o.option(
+            "--packing/--no-packing",
+            help="Several documents in a row instead of padding.",
+            default="no-packing",
+        ),
     ] = None,
     learning_rate: Annotated[
         float | None, o.option("--learning-rate", help="AdamW's peak rate.", default="0.001")
@@ -313,6 +332,14 @@ def train(
     ] = None,
     clip: Annotated[
         float | None, o.option("--clip", help="Largest gradient norm.", default="0.5")
+    ] = None,
+    ema: Annotated[
+        float | None,
+        o.option(
+            "--ema",
+            help="Decay of the weights' running mean, which becomes the drafter; 0 is off.",
+            default="0",
+        ),
     ] = None,
     draft_steps: Annotated[
         int | None, o.option("--draft-steps", help="Steps of the unroll.", default="4")
@@ -375,6 +402,17 @@ def train(
         ),
     ] = None,
     shard_megabytes: ShardMegabytes = None,
+    shard: Annotated[
+        bool | None,
+        o.option(
+            "--shard/--no-shard",
+            help="torchrun: each process keeps a part of the weights (FSDP2).",
+            default="no-shard",
+        ),
+    ] = None,
+    tensorboard: Annotated[
+        Path | None, o.option("--tensorboard", help="Folder for TensorBoard's events.")
+    ] = None,
     run: Annotated[
         Path | None,
         o.option("--run", help="Folder of the run's states.", default="in the cache's workspace"),
@@ -402,10 +440,13 @@ def train(
     training = {
         "epochs": epochs,
         "batch_tokens": batch_tokens,
+        "accumulate": accumulate,
+        "packing": packing,
         "learning_rate": learning_rate,
         "final_rate": final_rate,
         "warmup_steps": warmup_steps,
         "clip": clip,
+        "ema": ema,
         "draft_steps": draft_steps,
         "step_weights": step_weights,
         "decay": decay,
@@ -423,6 +464,7 @@ def train(
         corpus=corpus,
         dialogues=dialogues,
         start=start,
+        body=body,
         head=head,
         rank=rank,
         rescore=rescore,
@@ -441,6 +483,8 @@ def train(
         capture_batch=capture_batch,
         device=device,
         shard_megabytes=shard_megabytes,
+        shard=shard,
+        tensorboard=tensorboard,
         run=run,
         out=out,
     )

@@ -24,7 +24,9 @@ from drafter.decoder import TargetDecoder
 from drafter.replay import replay
 from drafter.start import start_drafter
 from drafter.tokenizer import ChatTokenizer
-from drafter.training import TrainConfig, read_log, train
+from drafter.train_config import TrainConfig
+from drafter.train_log import read_log
+from drafter.training import train
 from drafter.vocabulary import coverage, frequent_ids, token_counts
 
 CHAIN = 4  # drafted tokens of the replayed chain

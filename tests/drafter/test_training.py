@@ -19,15 +19,11 @@ from drafter.batches import collate, epoch_order, supervised_positions
 from drafter.errors import UsageError
 from drafter.heads.truncated import TruncatedHead
 from drafter.losses import LOSSES
+from drafter.run_state import load_state, save_state
 from drafter.start import start_drafter
-from drafter.training import (
-    StepReport,
-    TrainConfig,
-    learning_rate,
-    read_log,
-    train,
-    with_prompt,
-)
+from drafter.train_config import TrainConfig, learning_rate
+from drafter.train_log import StepReport, read_log
+from drafter.training import train, with_prompt
 from tests.tiny_drafter import VOCAB, tiny_captured, tiny_drafter, tiny_target
 
 TARGET = tiny_target()
@@ -254,14 +250,28 @@ def test_the_state_is_on_disk_before_it_gets_its_name(
     monkeypatch.setattr(os, "fsync", fsync)
     train(tiny_drafter(TARGET), DOCUMENTS, TrainConfig(**FAST, epochs=1), tmp_path, stop_after=1)
     assert flushed[0] == "state-1.safetensors.partial"
-    assert len(flushed) == 2  # and state.json
+    assert flushed[1] == tmp_path.name, "the folder: its names are on disk too"
+    assert flushed[2].startswith(".state.json")
+    assert flushed[3:] == [tmp_path.name]
+
+
+def test_weights_that_are_not_finite_never_replace_a_good_state(tmp_path: Path) -> None:
+    """A step can ruin the weights; its loss, finite, was that of the weights before."""
+    save_state(tmp_path, {"model.w": torch.ones(2)}, {}, 3)
+    with pytest.raises(UsageError, match=r"model.w is not finite after step 4; the last saved"):
+        save_state(tmp_path, {"model.w": torch.tensor([1.0, float("inf")])}, {}, 4)
+    saved = load_state(tmp_path, {})
+    assert saved is not None
+    assert saved.step == 3
+    assert torch.equal(saved.part("model")["w"], torch.ones(2))
 
 
 def test_a_loss_that_is_not_finite_says_what_can_be_done(tmp_path: Path) -> None:
     drafter = tiny_drafter(TARGET)
     with torch.no_grad():
         next(drafter.parameters()).fill_(float("nan"))
-    with pytest.raises(UsageError, match="lower --learning-rate and a new --run folder"):
+    told = r"The loss is nan at step 0, of documents [\d, ]+ \(counted .*lower --learning-rate"
+    with pytest.raises(UsageError, match=told):
         train(drafter, DOCUMENTS, TrainConfig(**FAST, epochs=1), tmp_path)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from drafter.errors import UsageError
 from drafter.sources import DEFAULT_TARGET
-from drafter.training import TrainConfig
+from drafter.train_config import TrainConfig
 from pipeline.config import RunOptions, TreeOptions, options
 from tests.pipeline.command import run_command
 
@@ -67,7 +67,10 @@ def test_the_help_of_train_shows_the_defaults_that_training_has() -> None:
     text = " ".join(run_command("train", "--help").out.split())
     for name, field in TrainConfig.model_fields.items():
         option = "--" + name.replace("_", "-")
-        shown = re.search(rf"{option} <\w+> .*?\[default: ([^\]]+)\]", text)
+        shown = re.search(rf"{option} (?:<\w+>|/) .*?\[default: ([^\]]+)\]", text)
         assert shown is not None, option
+        if isinstance(field.default, bool):
+            assert shown.group(1) == ("" if field.default else "no-") + name, option
+            continue
         kind = type(field.default)
         assert kind(shown.group(1)) == field.default, option

@@ -1,8 +1,11 @@
-"""`torchrun -m pipeline train`: several processes are one run, and train what one process would."""
+"""`torchrun -m pipeline train`: several processes are one run, and train what one process would;
+whole drafters with their gradients summed, or each process with a part of the weights (FSDP2).
+"""
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from drafter.training import read_log
+from drafter.train_log import read_log
 from tests.pipeline.command import environment
 
 OPTIONS = (
@@ -24,6 +27,7 @@ OPTIONS = (
     "--draft-steps=2",
     "--json",
 )
+MORE = (*OPTIONS, "--accumulate=2", "--ema=0.9", "--packing")
 ONE = ("-m", "pipeline")
 # After `--` nothing is an option of torchrun: it would take our --run for its --run-path.
 TORCHRUN = (
@@ -48,9 +52,12 @@ def dialogues(folder: Path) -> Path:
     return path
 
 
-def train(launcher: tuple[str, ...], target: Path, folder: Path) -> Path:
+def train(
+    launcher: tuple[str, ...], target: Path, folder: Path, options: tuple[str, ...] = OPTIONS
+) -> Path:
     """Run the command; returns the drafter that its one line of JSON names."""
-    command = (sys.executable, *launcher, "train", f"--target={target}", *OPTIONS)
+    folder.mkdir(exist_ok=True)
+    command = (sys.executable, *launcher, "train", f"--target={target}", *options)
     where = (f"--dialogues={dialogues(folder)}", f"--run={folder / 'run'}", f"--out={folder / 'd'}")
     done = subprocess.run(
         (*command, *where), capture_output=True, text=True, env=environment(), check=False
@@ -61,21 +68,35 @@ def train(launcher: tuple[str, ...], target: Path, folder: Path) -> Path:
     return Path(json.loads(lines[0])["path"])
 
 
-def test_two_processes_train_what_one_does(
-    cache: Path, tiny_llama_dir: Path, tmp_path: Path
-) -> None:
-    folders = [tmp_path / "one", tmp_path / "two"]
-    for folder in folders:
-        folder.mkdir()
-    one = train(ONE, tiny_llama_dir, folders[0])
-    two = train(TORCHRUN, tiny_llama_dir, folders[1])
+def assert_same_run(one: Path, two: Path) -> None:
     logs = [list(read_log(path)) for path in (one, two)]
-    assert len(logs[0]) > 8
+    assert len(logs[0]) > 4
     for a, b in zip(*logs, strict=True):
         assert abs(a.loss - b.loss) < 1e-5 * abs(a.loss)
         assert max(abs(x - y) for x, y in zip(a.alpha, b.alpha, strict=True)) < 1e-5
         assert abs(a.gradient_norm - b.gradient_norm) < 1e-4 * a.gradient_norm
     weights = [load_file(path / "model.safetensors") for path in (one, two)]
+    assert weights[0].keys() == weights[1].keys()
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, atol=2e-4, rtol=2e-3)
     assert json.loads((two / "manifest.json").read_text())["data"]["processes"] == 2
+
+
+def test_two_processes_train_what_one_does(
+    cache: Path, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    one = train(ONE, tiny_llama_dir, tmp_path / "one")
+    assert_same_run(one, train(TORCHRUN, tiny_llama_dir, tmp_path / "two"))
+
+
+def test_two_processes_with_half_the_weights_each_train_what_one_does(
+    cache: Path, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    """Their states are whole: one process goes on with the run of the two, and finds it done."""
+    one = train(ONE, tiny_llama_dir, tmp_path / "one", MORE)
+    two = train(TORCHRUN, tiny_llama_dir, tmp_path / "two", (*MORE, "--shard"))
+    assert_same_run(one, two)
+    weights = (two / "model.safetensors").read_bytes()
+    shutil.rmtree(two)
+    again = train(ONE, tiny_llama_dir, tmp_path / "two", MORE)
+    assert (again / "model.safetensors").read_bytes() == weights

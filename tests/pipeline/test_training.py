@@ -18,7 +18,7 @@ from drafter.artifact import read_artifact
 from drafter.checkpoint import load_drafter, load_target
 from drafter.corpus import read_corpus
 from drafter.tokenizer import vocabulary_sha256
-from drafter.training import read_log
+from drafter.train_log import read_log
 from pipeline.stages import fetch_target, find_drafter
 from tests.pipeline.command import Result, assert_refused, command_line, environment, run_command
 from tests.pipeline.conftest import run_arguments
@@ -423,3 +423,24 @@ def test_corpus_options_out_of_range_are_one_sentence(
 ) -> None:
     name = wrong.split("=", 1)[0]
     assert_refused(run_command("corpus", f"--target={tiny_llama_dir}", wrong), 2, name)
+
+
+def test_a_fresh_head_on_the_layer_of_another_drafter(
+    cache: Path, tiny_llama_dir: Path, dialogues: Path, tmp_path: Path
+) -> None:
+    """Nothing is learnt at a rate of almost 0: the layer is still the other's."""
+    first, out = tmp_path / "first", tmp_path / "other"
+    common = (f"--dialogues={dialogues}", "--epochs=1")
+    assert train(tiny_llama_dir, *common, f"--out={first}").code == 0
+    arguments = (*common, f"--body={first}", "--rank=4", f"--run={tmp_path / 'run'}")
+    made = train(tiny_llama_dir, *arguments, "--learning-rate=1e-12", f"--out={out}")
+    assert made.code == 0, made.err
+    body, found = (load_file(folder / "model.safetensors") for folder in (first, out))
+    assert [len(w["lm_head.down.weight"]) for w in (body, found)] == [8, 4]
+    layer = [name for name in body if not name.startswith("lm_head")]
+    assert all(torch.equal(body[name], found[name]) for name in layer)
+    assert len(read_artifact(out, "drafter").inputs["body"]) == 64
+    assert_refused(train(tiny_llama_dir, *arguments, f"--out={first}"), 2, "--body and --out")
+    run = f"--run={tmp_path / 'taps'}"
+    taps = train(tiny_llama_dir, *arguments, "--taps=0,1,1", f"--out={tmp_path / 'x'}", run)
+    assert_refused(taps, 2, "taps")

@@ -1,0 +1,75 @@
+"""What documents a drafter can be trained on, checked before any work is done on them.
+
+Numbers of documents count from 0, in the order of the corpus.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from drafter.config import DrafterConfig
+from drafter.errors import UsageError
+
+
+class Text(Protocol):
+    """`ids` int64 [T]; `mask` bool [T], True on response tokens."""
+
+    @property
+    def ids(self) -> Tensor: ...
+
+    @property
+    def mask(self) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a document must fit: the drafter, and whether its prompt is taught as well."""
+
+    drafter: DrafterConfig
+    supervise: str = "answers"
+
+    def check(self, document: Text, name: str) -> None:
+        """Raises UsageError naming the document where it does not fit."""
+        length, positions = len(document.ids), self.drafter.max_positions
+        if length > positions:
+            raise UsageError(
+                f"{name} has {length} tokens, the drafter has {positions} positions; cut it or "
+                "take it out of the corpus."
+            )
+        if length == 0 or (self.supervise == "answers" and not document.mask.any()):
+            raise UsageError(
+                f"{name} has no response token to learn from; take it out of the corpus"
+                f"{', or train with --supervise all' if length else ''}."
+            )
+        low, high = int(document.ids.min()), int(document.ids.max())
+        if low < 0 or high >= self.drafter.vocab_size:
+            raise UsageError(
+                f"{name} has the token id {low if low < 0 else high}, the target's vocabulary has "
+                f"{self.drafter.vocab_size}; the corpus was made with another tokenizer: make it "
+                "again for this target with `pipeline corpus`."
+            )
+
+
+def check_documents(documents: Iterable[Text], needs: Needs) -> None:
+    """Raises UsageError naming the first document that does not fit."""
+    for number, document in enumerate(documents):
+        needs.check(document, f"Document {number}")
+
+
+def check_steps(plan: Sequence[Sequence[Sequence[int]]], counts: Sequence[int], steps: int) -> None:
+    """Raises UsageError where a step of the plan has nothing to learn from: its response tokens
+    all lie among the first `steps` tokens. `counts`: supervised positions of every document.
+    """
+    for number, batch in enumerate(plan):
+        documents = sorted(i for part in batch for i in part)
+        if not any(counts[i] for i in documents):
+            raise UsageError(
+                f"The batch of step {number} (documents {', '.join(map(str, documents))}) has no "
+                f"response token after its first {steps}, which {steps} draft steps cannot reach; "
+                "take these documents out of the corpus or give larger --batch-tokens or fewer "
+                "--draft-steps."
+            )

@@ -11,8 +11,9 @@ from drafter.errors import CheckFailed
 from drafter.sources import TargetFolder
 from engines.base import PRECISIONS
 from pipeline.config import SMOKE_TOKENS, RunOptions
-from pipeline.evaluate import Pair, evaluate, summarise
+from pipeline.evaluate import evaluate, summarise
 from pipeline.machine import machine, peak_rss_mb, versions
+from pipeline.measure import Answer
 from pipeline.progress import progress
 from pipeline.prompt_sets import benchmark_prompts
 from pipeline.prompts import PromptSet, own_prompts, read_prompts
@@ -40,7 +41,7 @@ class Outcome:
 
     report: RunReport
     check: CheckReport
-    pairs: list[Pair]
+    answers: list[Answer]
     prompts: PromptSet
 
 
@@ -66,17 +67,17 @@ def run(options: RunOptions, offline: bool | None = None) -> Outcome:
     )
     engine = Path(built.path)
     check = stages.run("check", lambda: check_stage(engine, threads=options.threads), _checked)
-    pairs, tree = stages.run("decode", lambda: _decode(engine, options, prompts), _decoded)
+    answers, tree = stages.run("decode", lambda: _decode(engine, options, prompts), _decoded)
     head = stages.run("head", lambda: _heads(target.path, drafter, tree["width"], options), _timed)
     report = RunReport(
         environment=environment(options, target.name, drafter, prompts, tree),
         parity=parity_rows(check),
-        decode=summarise(pairs),
+        decode=summarise(answers),
         head=head,
         seconds_by_stage={name: round(s, 3) for name, s in stages.seconds.items()},
         peak_rss_mb=peak_rss_mb(),
     )
-    return Outcome(report, check, pairs, prompts)
+    return Outcome(report, check, answers, prompts)
 
 
 def verdict(outcome: Outcome) -> None:
@@ -164,14 +165,14 @@ def _out(options: RunOptions, name: str) -> Path | None:
 
 def _decode(
     engine: Path, options: RunOptions, prompts: PromptSet
-) -> tuple[list[Pair], dict[str, Any]]:
+) -> tuple[list[Answer], dict[str, Any]]:
     from runtime.generator import Generator
 
     generator = Generator.load(engine, threads=options.threads)
     tree = generator.tree(options.temperature)
     with progress("decode") as tell:
-        pairs = evaluate(generator, prompts, options, tell)
-    return pairs, asdict(tree)
+        answers = evaluate(generator, prompts, options, tell)
+    return answers, asdict(tree)
 
 
 def _heads(target: Path, drafter: Path, rows: int, options: RunOptions) -> HeadReport:
@@ -195,7 +196,7 @@ def _checked(check: CheckReport) -> str:
     return f"{sum(row.ok for row in rows)} of {len(rows)} tensors within tolerance"
 
 
-def _decoded(found: tuple[list[Pair], dict[str, Any]]) -> str:
+def _decoded(found: tuple[list[Answer], dict[str, Any]]) -> str:
     report = summarise(found[0])
     times = "" if report.speedup is None else f", {report.speedup:.2f}x"
     return f"{report.identical} of {report.prompts} texts identical, tau {report.tau:.2f}{times}"

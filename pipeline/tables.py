@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.evaluate import Pair, decode_rate, seconds_by_part, spread
+from pipeline.evaluate import seconds_by_part, speedup, spread
+from pipeline.measure import Answer, decode_rate
 from pipeline.reports import DecodeReport, DoctorReport, HeadReport, ParityRow
 
 _PARTS = {
@@ -39,25 +40,23 @@ def parity_table(rows: Sequence[ParityRow]) -> Table:
 
 
 def decode_table(
-    report: DecodeReport, pairs: Sequence[Pair], title: str, temperature: float = 0.0
+    report: DecodeReport, answers: Sequence[Answer], title: str, temperature: float = 0.0
 ) -> Table:
     """Plain against speculative decoding. At a temperature texts are drawn: the same law, not the
     same text.
     """
     shown = f"{title}, temperature {temperature:g}" if temperature else title
     table = _table(f"Decoding: {shown}", ("", "plain", "speculative"))
-    plain = [pair.plain for pair in pairs]
-    fast = [pair.speculative for pair in pairs]
     table.add_row(
         "tokens/s (median)", _number(report.plain_tok_s), _number(report.speculative_tok_s)
     )
     table.add_row(
         "tokens/s (10th to 90th percentile)",
-        _range([decode_rate(c) for c in plain]),
-        _range([decode_rate(c) for c in fast]),
+        _range([decode_rate(answer.plain) for answer in answers]),
+        _range([decode_rate(answer.fast[0]) for answer in answers]),
     )
     table.add_row("speedup (median of paired ratios)", "1.00x", _times(report.speedup))
-    table.add_row("speedup (10th to 90th percentile)", "", _range([p.speedup for p in pairs]))
+    table.add_row("speedup (10th to 90th percentile)", "", _range([speedup(a) for a in answers]))
     table.add_row("tau, tokens per round", "1.00", f"{report.tau:.2f}")
     depths = " ".join(f"{share:.2f}" for share in report.acceptance_by_depth)
     table.add_row("accepted at depth 1, 2, ...", "", depths)
@@ -68,10 +67,11 @@ def decode_table(
     return table
 
 
-def time_table(pairs: Sequence[Pair]) -> Table:
+def time_table(answers: Sequence[Answer]) -> Table:
     """Where the time went, in milliseconds per emitted token."""
     table = _table("Where the time went (ms per token)", ("", "plain", "speculative", "share"))
-    plain, fast = [pair.plain for pair in pairs], [pair.speculative for pair in pairs]
+    plain = [answer.plain for answer in answers if answer.plain is not None]
+    fast = [answer.fast[0] for answer in answers]
     slow_parts, fast_parts = seconds_by_part(plain), seconds_by_part(fast)
     slow_tokens = sum(len(c.token_ids) for c in plain)
     fast_tokens = sum(len(c.token_ids) for c in fast)

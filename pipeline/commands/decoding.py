@@ -128,8 +128,8 @@ def evaluate(
       pipeline evaluate --prompts humaneval:40
       pipeline evaluate --prompts my.jsonl --budget 12 --details out.jsonl --json
     """
-    from pipeline.evaluate import evaluate as measure
-    from pipeline.evaluate import summarise
+    from pipeline.evaluate import state, summarise
+    from pipeline.measure import Way, measure
     from pipeline.progress import progress
     from pipeline.run import check_identical, choose_prompts
     from pipeline.tables import decode_table, time_table
@@ -152,15 +152,16 @@ def evaluate(
     chosen = choose_prompts(_prompt_options(prompts), o.offline(offline))
     generator = Generator.load(folder, threads=threads)
     with progress("evaluate") as tell:
-        pairs = measure(generator, chosen, decode, tell, _tree(generator, tree, decode.temperature))
-    report = summarise(pairs)
+        way = Way("engine", generator, _tree(generator, tree, decode.temperature))
+        answers = measure([way], chosen, decode, tell, state=state)
+    report = summarise(answers)
     if details is not None:
-        write_lines(details, [pair.to_json() for pair in pairs])
+        write_lines(details, [answer.to_json() for answer in answers])
     if as_json:
         print_json(report.to_json())
     else:
-        table = decode_table(report, pairs, chosen.title, decode.temperature)
-        print_tables(table, time_table(pairs))
+        table = decode_table(report, answers, chosen.title, decode.temperature)
+        print_tables(table, time_table(answers))
     check_identical(report, _precision(folder), decode.temperature)
 
 

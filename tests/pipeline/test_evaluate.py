@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.evaluate import Pair, decode_rate, spread, summarise
+from pipeline.evaluate import spread, summarise
+from pipeline.measure import Answer, decode_rate
 from pipeline.prompts import Prompt
 from runtime.generator import Completion
 from runtime.stats import Timings
@@ -30,10 +31,10 @@ def completion(tokens: list[int], rounds: int, seconds: float, depths: list[floa
     )
 
 
-def pair(tokens: int, rounds: int, plain_s: float, fast_s: float, depths: list[float]) -> Pair:
+def pair(tokens: int, rounds: int, plain_s: float, fast_s: float, depths: list[float]) -> Answer:
     ids = list(range(tokens))
     plain = completion(ids, tokens - 1, plain_s, [])
-    return Pair(Prompt("p", "text"), plain, completion(ids, rounds, fast_s, depths))
+    return Answer(Prompt("p", "text"), 0, (completion(ids, rounds, fast_s, depths),), plain)
 
 
 def test_the_decode_rate_leaves_out_the_prompt_and_its_token() -> None:
@@ -74,7 +75,7 @@ def test_the_speedup_is_the_median_of_the_prompts_own_ratios() -> None:
 
 def test_different_tokens_are_not_identical() -> None:
     same = pair(tokens=5, rounds=2, plain_s=1.0, fast_s=1.0, depths=[])
-    other = Pair(same.prompt, completion([9, 9, 9, 9, 9], 4, 1.0, []), same.speculative)
+    other = Answer(same.prompt, 0, same.fast, completion([9, 9, 9, 9, 9], 4, 1.0, []))
     report = summarise([same, other])
     assert (report.identical, report.prompts) == (1, 2)
 

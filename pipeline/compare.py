@@ -8,30 +8,30 @@ found.counts(1).tokens             # by prompt
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 from pipeline import figures
-from pipeline.config import DecodeOptions, TreeOptions
-from pipeline.config import options as options_of
+from pipeline.config import CompareOptions, DecodeOptions, TreeOptions, options
 from pipeline.figures import Counts
 from pipeline.intervals import Estimate
-from pipeline.measure import Answer, Way, measure
+from pipeline.measure import Answer, Way, encode, measure
 from pipeline.progress import Tell, progress
 from pipeline.prompts import PromptSet
 from runtime.generator import Generator
 from runtime.tree import TreeConfig
 
-CHAIN = "chain"
-DEFAULT = "default"
-TREES = (DEFAULT, CHAIN)
+CHAIN, DEFAULT = "chain", "default"  # the engine's own tree
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The answers of all ways, and the figures of one of them by its place in `ways`."""
+    """The answers to one prompt set in all ways, and the figures of one way by its place."""
 
+    prompts: PromptSet
+    decode: DecodeOptions
     ways: tuple[Way, ...]
     answers: tuple[Answer, ...]
 
@@ -59,55 +59,62 @@ class Comparison:
 def compare(
     engine_dirs: Sequence[Path],
     prompts: PromptSet,
-    options: DecodeOptions,
-    *,
-    trees: Sequence[str] = (DEFAULT,),
-    shape: TreeOptions | None = None,
-    plain: bool = False,
-    seeds: int = 1,
-    threads: int | None = None,
+    decode: DecodeOptions,
+    chosen: CompareOptions | None = None,
 ) -> Comparison:
-    """Answer all prompts with each engine's drafter, in each of `trees`, and plainly if `plain`.
+    """`compare_all` for one set and one temperature, by default without plain decoding."""
+    chosen = chosen or options(CompareOptions, plain=False)
+    (found,) = compare_all(engine_dirs, [prompts], [decode], chosen)
+    return found
 
-    `shape` overrules the trees' values. Raises UsageError where the engines' targets differ or a
-    prompt is too long.
+
+def compare_all(
+    engine_dirs: Sequence[Path],
+    sets: Sequence[PromptSet],
+    decodes: Sequence[DecodeOptions],
+    chosen: CompareOptions,
+    state: Callable[[Sequence[Answer]], str] = lambda _: "",
+) -> list[Comparison]:
+    """Answer every set, decoded in each manner, with each engine's drafter in each tree.
+
+    Raises UsageError where the engines' targets differ or a prompt is too long, before the first
+    one is answered.
     """
     from runtime.side_by_side import load_side_by_side
 
-    generators = load_side_by_side(engine_dirs, threads)
-    ways = ways_of(
-        engine_dirs, generators, options.temperature, trees, shape or options_of(TreeOptions)
-    )
-    with progress("compare") as tell:
-        return _compared(ways, prompts, options, tell, plain=plain, seeds=seeds)
-
-
-def _compared(
-    ways: Sequence[Way],
-    prompts: PromptSet,
-    options: DecodeOptions,
-    tell: Tell,
-    *,
-    plain: bool,
-    seeds: int,
-) -> Comparison:
-    answers = measure(ways, prompts, options, tell, plain=plain, seeds=seeds)
-    return Comparison(tuple(ways), tuple(answers))
+    generators = load_side_by_side(engine_dirs, chosen.threads)
+    tasks = [
+        (prompts, decode, ways_of(engine_dirs, generators, decode.temperature, chosen))
+        for decode, prompts in product(decodes, sets)
+    ]
+    for prompts, _, ways in tasks:
+        for prompt in prompts.prompts:
+            encode(ways, prompt)
+    found = []
+    with progress("evaluate") as tell:
+        for place, (prompts, decode, ways) in enumerate(tasks):
+            part = _part(tell, place, len(tasks), prompts.title)
+            answers = measure(
+                ways, prompts, decode, part, plain=chosen.plain, seeds=chosen.seeds, state=state
+            )
+            found.append(Comparison(prompts, decode, tuple(ways), tuple(answers)))
+    return found
 
 
 def ways_of(
     engine_dirs: Sequence[Path],
     generators: Sequence[Generator],
     temperature: float,
-    trees: Sequence[str],
-    shape: TreeOptions,
+    chosen: CompareOptions,
 ) -> list[Way]:
-    """Every engine with every tree, engine by engine."""
+    """Every engine in every tree, engine by engine, named by what tells them apart."""
     ways = []
-    for name, generator in zip(names(engine_dirs), generators, strict=True):
-        for tree in trees:
-            label = name if len(trees) == 1 else f"{name}, {tree}"
-            ways.append(Way(label, generator, shaped(generator.tree(temperature), tree, shape)))
+    for name, folder, generator in zip(names(engine_dirs), engine_dirs, generators, strict=True):
+        for kind in chosen.tree:
+            parts = [name] if len(engine_dirs) > 1 or len(chosen.tree) == 1 else []
+            parts += [kind] if len(chosen.tree) > 1 else []
+            tree = shaped(generator.tree(temperature), kind, chosen)
+            ways.append(Way(", ".join(parts), generator, tree, folder))
     return ways
 
 
@@ -131,3 +138,10 @@ def names(folders: Sequence[Path]) -> list[str]:
         return [Path(paths[0]).name]
     above = os.path.commonpath([str(Path(path).parent) for path in paths])
     return [os.path.relpath(path, above) for path in paths]
+
+
+def _part(tell: Tell, place: int, count: int, title: str) -> Tell:
+    """Progress of one of several measurements."""
+    if count == 1:
+        return tell
+    return lambda state, share: tell(f"{title}: {state}", (place + (share or 0.0)) / count)

@@ -2,19 +2,35 @@
 
 Rates are decode rates: tokens after the first over the time after the prompt's pass. `speedup` is
 the median of the prompts' own ratios, `tau` and acceptance are pooled over all rounds. The loop is
-in `pipeline.measure`, intervals in `pipeline.figures`.
+in `pipeline.measure`, the figures by prompt in `pipeline.figures`, several drafters in
+`pipeline.compare`; this module makes reports of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 from statistics import median
+from typing import Any
 
+from drafter.artifact import read_artifact
+from engines.base import KIND
+from pipeline import figures, intervals
+from pipeline.compare import Comparison
 from pipeline.config import DecodeOptions
+from pipeline.intervals import LEVEL, RESAMPLES, Estimate
+from pipeline.machine import machine, versions
 from pipeline.measure import Answer, Way, decode_rate, measure
 from pipeline.progress import Tell
 from pipeline.prompts import PromptSet
-from pipeline.reports import DecodeReport
+from pipeline.reports import (
+    ComparisonReport,
+    DecodeReport,
+    EvaluateReport,
+    Interval,
+    WayReport,
+)
 from runtime.generator import Completion, Generator
 
 
@@ -24,7 +40,90 @@ def evaluate(
     """Decode every prompt plainly and speculatively. Raises UsageError for a prompt that is too
     long, before the first one is decoded.
     """
-    return measure([Way("engine", generator)], prompts, options, tell, state=state)
+    way = Way("engine", generator, generator.tree(options.temperature))
+    return measure([way], prompts, options, tell, state=state)
+
+
+def evaluate_report(found: Sequence[Comparison], environment: dict[str, Any]) -> EvaluateReport:
+    """All of an evaluation; its first keys are the first way of the first comparison."""
+    return EvaluateReport(
+        **dict(summarise(found[0].answers)),
+        environment=environment,
+        level=LEVEL,
+        resamples=RESAMPLES,
+        comparisons=[comparison_report(comparison) for comparison in found],
+    )
+
+
+def comparison_report(found: Comparison) -> ComparisonReport:
+    """One prompt set in all ways."""
+    answers = found.answers
+    measured = answers[0].plain is not None
+    return ComparisonReport(
+        prompts=found.prompts.title,
+        count=len(found.prompts.prompts),
+        max_tokens=found.decode.max_tokens,
+        temperature=found.decode.temperature,
+        seeds=sorted({answer.seed for answer in answers}),
+        plain_tok_s=_interval(intervals.median(figures.rates(answers, None))) if measured else None,
+        ways=[_way_report(found, place) for place in range(len(found.ways))],
+    )
+
+
+def _way_report(found: Comparison, place: int) -> WayReport:
+    answers, way, counts = found.answers, found.ways[place], found.counts(place)
+    measured = answers[0].plain is not None
+    speed = {base: figures.speed_ratio(answers, place, base) for base in (None, 0)}
+    return WayReport(
+        name=way.name,
+        engine=None if way.engine is None else str(way.engine),
+        tree=asdict(way.tree),
+        tokens=int(counts.tokens.sum()),
+        rounds=int(counts.rounds.sum()),
+        identical=identical(answers, place),
+        tau=_interval(found.tau(place)),
+        tau_ratio=_interval(found.tau_ratio(place)) if place else None,
+        tau_difference=_interval(found.tau_difference(place)) if place else None,
+        acceptance=[_interval(e) for e in figures.acceptance(answers, place)],
+        conditional_acceptance=[_interval(e) for e in found.conditional_acceptance(place)],
+        tok_s=_interval(intervals.median(figures.rates(answers, place))),
+        speedup=_interval(speed[None]) if measured else None,
+        speed_ratio=_interval(speed[0]) if place else None,
+        overhead_ms_per_round=summarise(answers, place).overhead_ms_per_round,
+    )
+
+
+def details(found: Sequence[Comparison]) -> list[dict[str, Any]]:
+    """The lines of `--details FILE`: each answer in each way."""
+    return [
+        {
+            **answer.to_json(place),
+            "engine": way.name,
+            "prompts": comparison.prompts.title,
+            "temperature": comparison.decode.temperature,
+        }
+        for comparison in found
+        for answer in comparison.answers
+        for place, way in enumerate(comparison.ways)
+    ]
+
+
+def environment(engine: Path, threads: int | None) -> dict[str, Any]:
+    """What the numbers depend on besides drafters, prompts and trees."""
+    found, manifest = machine(), read_artifact(engine, KIND, verify=False)
+    return {
+        **found,
+        "versions": versions(),
+        "target": manifest.name,
+        "backend": manifest.arguments["backend"],
+        "precision": manifest.arguments["precision"],
+        "threads": threads or found["cores"],
+        "batch": 1,
+    }
+
+
+def _interval(estimate: Estimate) -> Interval:
+    return Interval(value=estimate.value, low=estimate.low, high=estimate.high)
 
 
 def summarise(answers: Sequence[Answer], way: int = 0) -> DecodeReport:
@@ -34,7 +133,7 @@ def summarise(answers: Sequence[Answer], way: int = 0) -> DecodeReport:
     overhead = sum(c.timings.overhead_s for c in fast)
     return DecodeReport(
         prompts=len(answers),
-        identical=sum(same_text(answer, way) for answer in answers),
+        identical=identical(answers, way),
         tau=_pooled([(c.tau, c.rounds) for c in fast], empty=1.0),
         acceptance_by_depth=_acceptance(fast),
         plain_tok_s=_median([decode_rate(answer.plain) for answer in answers]),
@@ -47,10 +146,15 @@ def summarise(answers: Sequence[Answer], way: int = 0) -> DecodeReport:
     )
 
 
-def same_text(answer: Answer, way: int = 0) -> bool:
-    """Whether a way gave the tokens of plain decoding, or where there is none of the first way."""
-    judge = answer.plain or answer.fast[0]
-    return answer.fast[way].token_ids == judge.token_ids
+def identical(answers: Sequence[Answer], way: int) -> int | None:
+    """How many answers have the tokens of plain decoding, or where there is none, of the first way;
+    None where there is nothing to compare with.
+    """
+    judges = [answer.plain or answer.fast[0] for answer in answers]
+    if way == 0 and answers[0].plain is None:
+        return None
+    pairs = zip(answers, judges, strict=True)
+    return sum(answer.fast[way].token_ids == judge.token_ids for answer, judge in pairs)
 
 
 def speedup(answer: Answer, way: int = 0) -> float | None:

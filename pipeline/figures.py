@@ -91,6 +91,12 @@ def speed_ratio(answers: Sequence[Answer], way: int, base: int | None) -> Estima
     return median(rates(answers, way) / rates(answers, base))
 
 
+def acceptance(answers: Sequence[Answer], way: int) -> list[Estimate]:
+    """[d]: of all rounds, those that accepted depth d+1."""
+    found = counts(answers, way)
+    return [pooled(found.share(depth)) for depth in range(found.depths)]
+
+
 def conditional_acceptance(answers: Sequence[Answer], way: int) -> list[Estimate]:
     """[d]: of the rounds that accepted depth d, those that accepted depth d+1 too."""
     found = counts(answers, way)

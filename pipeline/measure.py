@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from drafter.errors import UsageError
@@ -23,11 +24,12 @@ _WARM_UP_TOKENS = 16
 
 @dataclass(frozen=True)
 class Way:
-    """How to answer: `tree` None is the generator's own. `name` tells it from other ways."""
+    """How to answer. `name` tells it from other ways; `engine` is the folder it came from."""
 
     name: str
     generator: Generator
-    tree: TreeConfig | None = None
+    tree: TreeConfig
+    engine: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pipeline.measure import Answer
 from pipeline.progress import progress
 from pipeline.prompt_sets import benchmark_prompts
 from pipeline.prompts import PromptSet, own_prompts, read_prompts
-from pipeline.reports import DecodeReport, HeadReport, ParityRow, RunReport
+from pipeline.reports import HeadReport, ParityRow, RunReport
 from pipeline.stages import (
     Stages,
     build_stage,
@@ -84,7 +84,8 @@ def verdict(outcome: Outcome) -> None:
     """Raise CheckFailed where parity or the identity of the texts does not hold."""
     outcome.check.raise_if_failed()
     known = outcome.report.environment
-    check_identical(outcome.report.decode, known["precision"], known["temperature"])
+    decode = outcome.report.decode
+    check_identical(decode.identical, decode.prompts, known["precision"], known["temperature"])
 
 
 def parity_rows(check: CheckReport) -> list[ParityRow]:
@@ -114,16 +115,18 @@ def _largest(one: float, other: float) -> float:
     return one if math.isnan(one) else other if math.isnan(other) else max(one, other)
 
 
-def check_identical(decode: DecodeReport, precision: str, temperature: float) -> None:
+def check_identical(
+    identical: int | None, answers: int, precision: str, temperature: float
+) -> None:
     """Raise CheckFailed where greedy texts differ although the target runs in fp32.
 
     Sampled texts always differ, and an int8 target rounds differently for one token than for
     several, so there the count is a figure and no verdict.
     """
     exact = temperature == 0 and "target" not in PRECISIONS[precision].graphs
-    if exact and decode.identical < decode.prompts:
+    if exact and identical is not None and identical < answers:
         raise CheckFailed(
-            f"{decode.prompts - decode.identical} of {decode.prompts} speculative texts differ "
+            f"{answers - identical} of {answers} speculative texts differ "
             "from plain decoding, none may; run `pipeline evaluate --details FILE` to see which."
         )
 

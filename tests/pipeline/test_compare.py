@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from drafter.errors import UsageError
 from pipeline.compare import CHAIN, DEFAULT, Comparison, compare, names, shaped
-from pipeline.config import DecodeOptions, TreeOptions, options
+from pipeline.config import CompareOptions, DecodeOptions, TreeOptions, options
 from pipeline.measure import Way, measure
 from pipeline.prompts import Prompt, PromptSet, read_prompts
 from runtime.generator import Completion, Generator
@@ -26,13 +27,16 @@ def ways() -> list[Way]:
     """A good drafter and a bad one on the same target."""
     good, bad = tiny(sharpness=3.0), tiny(sharpness=3.0, noise=50.0)
     first = Generator(good.target, good.drafter, TinyTokenizer(), tree=TREE)
-    return [Way("good", first), Way("bad", first.with_drafter(bad.drafter, TREE))]
+    return [
+        Way("good", first, TREE),
+        Way("bad", first.with_drafter(bad.drafter, TREE), TREE),
+    ]
 
 
-def measured(options: DecodeOptions, **more: object) -> Comparison:
+def measured(decode: DecodeOptions, **more: Any) -> Comparison:
     chosen = ways()
-    answers = measure(chosen, PROMPTS, options, lambda *_: None, **more)  # type: ignore[arg-type]
-    return Comparison(tuple(chosen), tuple(answers))
+    answers = measure(chosen, PROMPTS, decode, lambda *_: None, **more)
+    return Comparison(PROMPTS, decode, tuple(chosen), tuple(answers))
 
 
 def test_counts_by_prompt_add_up_to_the_answers() -> None:
@@ -129,9 +133,8 @@ def test_folders_are_named_by_what_tells_them_apart(tmp_path: Path) -> None:
 
 
 def test_engine_folders_are_compared(three_engines: list[Path], prompt_file: Path) -> None:
-    found = compare(
-        three_engines, read_prompts(prompt_file), GREEDY, trees=(DEFAULT, CHAIN), threads=1
-    )
+    chosen = options(CompareOptions, plain=False, tree=(DEFAULT, CHAIN), threads=1)
+    found = compare(three_engines, read_prompts(prompt_file), GREEDY, chosen)
     assert [way.name for way in found.ways] == [
         f"{name}/engine, {tree}"
         for name in ("rescored", "plain", "taps")
@@ -139,6 +142,8 @@ def test_engine_folders_are_compared(three_engines: list[Path], prompt_file: Pat
     ]
     for answer in found.answers:
         assert len({tuple(c.token_ids) for c in answer.fast}) == 1, "greedy texts are the target's"
+    chain = found.ways[1].tree
+    assert (chain.width, chain.budget, chain.lookup) == (1, chain.depth, 0)
 
 
 def test_a_prompt_too_long_is_refused_before_any_is_answered() -> None:

@@ -138,8 +138,14 @@ def test_prompts_are_a_number_a_set_or_a_file() -> None:
     assert chosen_prompts("12") == {"prompts": 12}
     assert chosen_prompts("gsm8k") == {"prompt_set": "gsm8k", "prompts": 1319}
     assert chosen_prompts("humaneval:7") == {"prompt_set": "humaneval", "prompts": 7}
-    for name in ("mine.jsonl", "humaneval:x", "./gsm8k"):
+    for name in ("mine.jsonl", "mine:3", "./gsm8k:x"):
         assert chosen_prompts(name) == {"prompt_file": Path(name)}
+
+
+@pytest.mark.parametrize("given", ["gsm8k:x", "gsm8k:", "gsm8k:0", "gsm8k:-1", "gsm8k:1320"])
+def test_a_set_with_a_number_it_has_not_is_refused_and_is_no_file(given: str) -> None:
+    with pytest.raises(UsageError, match=rf"--prompts is '{given}'; .* from 1 to 1319"):
+        chosen_prompts(given)
 
 
 def test_our_own_prompts_need_no_download_and_say_what_they_are() -> None:

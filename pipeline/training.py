@@ -372,14 +372,12 @@ def _measure(drafter: Drafter, held_out: Sequence[Captured], steps: int) -> dict
         found: Acceptance = measure_acceptance(
             drafter.eval(), held_out[-_HELD_OUT_DOCUMENTS:], steps
         )
-    note(f"held out: alpha {found.alpha[0]:.3f} at step 1, expected tau {found.expected_tau:.2f}")
-    return {
-        "alpha": list(found.alpha),
-        "top1": list(found.top1),
-        "top4": list(found.top4),
-        "expected_tau": found.expected_tau,
-        "tokens": found.tokens,
-    }
+    known = found.to_json()
+    note(
+        f"held out, a chain of {steps}: tau {known['greedy_tau']:.2f} at temperature 0, "
+        f"{known['drawn_tau']:.2f} at 1"
+    )
+    return known
 
 
 def _write(

@@ -41,6 +41,7 @@ from drafter.families import read_target_config
 from drafter.sources import TargetFolder
 from drafter.sources.folder import weight_files
 from drafter.tokenizer import vocabulary_sha256
+from pipeline.benchmark_marks import refuse_benchmark_corpus
 from pipeline.config import DrafterOptions, TrainOptions
 from pipeline.corpora import corpus_fingerprint, dialogues_corpus
 from pipeline.progress import note, progress, quiet
@@ -99,6 +100,7 @@ def _train_stage(options: TrainOptions, share: Share, offline: bool | None) -> A
         return _report(out, up_to_date=True)
     with disk_full_as_error(run):
         with share.in_turn():
+            refuse_benchmark_corpus(corpus, target.path)
             _claim(run, {**inputs, **arguments})
             _capture(target, corpus, run / "captured", config, training)
         documents, held_out = _documents(corpus, run, options.holdout)

@@ -12,7 +12,7 @@ import pytest
 from drafter.artifact import sha256_file
 from drafter.errors import MissingError, UsageError
 from pipeline.commands.options import prompts as chosen_prompts
-from pipeline.prompt_sets import BENCHMARKS, benchmark_prompts, refuse_benchmarks
+from pipeline.prompt_sets import BENCHMARKS, benchmark_prompts
 from pipeline.prompts import own_prompts, read_prompts
 
 CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "history")
@@ -118,19 +118,6 @@ def test_a_damaged_cached_file_is_not_used(cache: Path) -> None:
 def test_a_number_of_prompts_that_there_is_not_is_refused(count: int) -> None:
     with pytest.raises(UsageError, match="ask for 1 to 80"):
         benchmark_prompts("mt-bench", count)
-
-
-def test_what_measures_drafters_may_not_train_them(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Line breaks and blanks do not hide a prompt; a set that is not here cannot be compared."""
-    refuse_benchmarks(["writing 3"], "corpus.jsonl")
-    cached(cache, monkeypatch, "mt-bench", MT_BENCH)
-    cached(cache, monkeypatch, "humaneval", [{"task_id": "H/0", "prompt": "def f():\n    pass"}])
-    refuse_benchmarks(["writing 33"], "corpus.jsonl")
-    for text, what in (("writing \n 3", "writing-3 of mt-bench"), ("def f(): pass", "H/0 of hum")):
-        with pytest.raises(UsageError, match=f"corpus.jsonl: prompt 2 is {what}"):
-            refuse_benchmarks(["something else", text], "corpus.jsonl")
 
 
 def test_prompts_are_a_number_a_set_or_a_file() -> None:

@@ -55,6 +55,15 @@ class DecodeOptions(_Options):
     seed: int = Field(0, ge=0)
 
 
+class GenerateOptions(DecodeOptions):
+    """How `pipeline generate` chooses tokens: `top_k` 0, `top_p` 1 and `min_p` 0 are off."""
+
+    top_k: int = Field(0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    min_p: float = Field(0.0, ge=0, le=1)
+    threads: int | None = Field(None, ge=1)
+
+
 class CompareOptions(TreeOptions):
     """What drafters are compared in: `tree`s, whose values the tree options overrule; whether
     `plain` decoding is measured too; how many `seeds` a prompt has where tokens are drawn.

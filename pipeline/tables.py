@@ -112,7 +112,9 @@ class _Row(NamedTuple):
 
 
 def _row_tables(title: str, what: str, rows: Sequence[_Row]) -> list[Table]:
-    columns = (what, "tau", "tau / first", "tokens/s", "speed-up", "same text")
+    plain = any(row.comparison.plain_tok_s is not None for row in rows)
+    speed_up = "speed-up" if plain else "speed / first"
+    columns = (what, "tau", "tau / first", "tokens/s", speed_up, "same text")
     speed = _table(f"{title} (95 % intervals)", columns)
     depths = max(int(row.way.tree["depth"]) for row in rows)
     about = f"{title}: accepted at depth 1, 2, ... where the depth before was"
@@ -123,7 +125,7 @@ def _row_tables(title: str, what: str, rows: Sequence[_Row]) -> list[Table]:
             _interval(way.tau),
             _interval(way.tau_ratio),
             _interval(way.tok_s, 1),
-            _interval(way.speedup),
+            _interval(way.speedup if plain else way.speed_ratio),
             _same_text(way, comparison),
         )
         cells = [_interval(share) for share in way.conditional_acceptance[:depths]]

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from drafter.errors import UsageError
 from pipeline.commands import options as o
-from pipeline.config import CompareOptions, DecodeOptions, RunOptions, TreeOptions, options
+from pipeline.config import (
+    CompareOptions,
+    DecodeOptions,
+    GenerateOptions,
+    RunOptions,
+    TreeOptions,
+    default,
+    options,
+)
 from pipeline.output import check_writable, print_json, print_tables, print_text, write_lines
 
 if TYPE_CHECKING:
@@ -22,9 +30,30 @@ Prompt = Annotated[
 Stop = Annotated[
     list[str] | None, o.option("--stop", help="End before this text; may be given several times.")
 ]
-TopK = Annotated[int, o.option("--top-k", help="Keep the k likeliest tokens; 0 is off.")]
-TopP = Annotated[float, o.option("--top-p", help="Keep the likeliest tokens of mass p; 1 is off.")]
-MinP = Annotated[float, o.option("--min-p", help="Drop tokens below p times the best; 0 is off.")]
+TopK = Annotated[
+    int | None,
+    o.option(
+        "--top-k",
+        help="Keep the k likeliest tokens; 0 is off.",
+        default=default(GenerateOptions, "top_k"),
+    ),
+]
+TopP = Annotated[
+    float | None,
+    o.option(
+        "--top-p",
+        help="Keep the likeliest tokens of mass p; 1 is off.",
+        default=default(GenerateOptions, "top_p"),
+    ),
+]
+MinP = Annotated[
+    float | None,
+    o.option(
+        "--min-p",
+        help="Drop tokens below p times the best; 0 is off.",
+        default=default(GenerateOptions, "min_p"),
+    ),
+]
 
 
 def generate(
@@ -33,9 +62,9 @@ def generate(
     max_tokens: o.MaxTokens = None,
     temperature: o.Temperature = None,
     seed: o.Seed = None,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    min_p: MinP = 0.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
     stop: Stop = None,
     system: Annotated[str | None, o.option("--system", help="A system message before it.")] = None,
     raw: Annotated[bool, o.option("--raw", help="No chat template: continue the text.")] = False,
@@ -61,7 +90,16 @@ def generate(
     """
     from pipeline.workspace import last_engine
 
-    decode = options(DecodeOptions, max_tokens=max_tokens, temperature=temperature, seed=seed)
+    decode = options(
+        GenerateOptions,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        threads=threads,
+    )
     tree = options(
         TreeOptions,
         depth=depth,
@@ -75,15 +113,15 @@ def generate(
     folder = engine or last_engine()
     from runtime.generator import Generator  # imports PyTorch: after the cheap mistakes
 
-    generator = Generator.load(folder, threads=threads)
+    generator = Generator.load(folder, threads=decode.threads)
     pieces = generator.stream(
         asked,
         max_tokens=decode.max_tokens,
         temperature=decode.temperature,
         seed=decode.seed,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
+        top_k=decode.top_k,
+        top_p=decode.top_p,
+        min_p=decode.min_p,
         stop=stop or (),
         speculate=not no_speculation,
         tree=_tree(generator, tree, decode.temperature),
@@ -259,7 +297,10 @@ def serve(
         "threads": threads,
         "speculate": not no_speculation,
     }
-    settings = ServerSettings.from_options(**{k: v for k, v in given.items() if v is not None})
+    called = {name: f"--{name.removesuffix('_s').replace('_', '-')}" for name in given}
+    settings = ServerSettings.from_options(
+        called, **{name: value for name, value in given.items() if value is not None}
+    )
     run_server(engine or last_engine(), settings)
 
 

@@ -184,6 +184,7 @@ def test_several_drafters_are_tables_with_a_row_each(
     result = run_command("evaluate", *engines, f"--prompts={prompt_file}", "--max-tokens=4")
     assert result.code == 0, result.err
     assert "tau / first" in result.out
+    assert "speed-up" in result.out
     assert "accepted at depth 1, 2" in result.out
     rows = [line for line in result.out.splitlines() if line.startswith("│")]
     assert sum("rescored" in row for row in rows) == sum("plain" in row for row in rows) == 2

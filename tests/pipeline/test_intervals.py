@@ -12,6 +12,7 @@ from pipeline.intervals import (
     Estimate,
     Floats,
     Pooled,
+    _draws,
     difference,
     median,
     pooled,
@@ -130,6 +131,13 @@ def test_the_draws_of_a_median_are_medians_of_draws() -> None:
     drawn = [np.median(np.repeat(values, row)[~np.isnan(np.repeat(values, row))]) for row in counts]
     assert value == 4.0
     assert (low, high) == pytest.approx(tuple(np.nanpercentile(drawn, (2.5, 97.5))))
+
+
+def test_an_interval_is_the_same_whenever_it_is_computed_again() -> None:
+    one = answers(np.random.default_rng(4), 30, 3.0)
+    before = pooled(one)
+    _draws.cache_clear()
+    assert pooled(one) == before
 
 
 def test_one_prompt_has_a_figure_and_no_interval() -> None:

@@ -1,8 +1,14 @@
-"""How well a drafter guesses, measured on held-out documents with the full vocabulary.
+"""How well a drafter guesses, measured on held-out documents, teacher-forced as in training.
 
-Per draft step k (teacher-forced, as in training): alpha (acceptance at temperature 1), `top1` (the
-drafter's first choice is the target's argmax) and `top4` (the target's argmax is among the
-drafter's four best). Expected tau of a chain = 1 + sum_k prod_{j<=k} alpha_j, bonus token included.
+Per draft step k. What the engine drafts with, its head's own top-k:
+* `top1`: the drafter's first choice is the target's argmax, which is alpha at temperature 0;
+  `top4`: the target's argmax is among the drafter's four best;
+* `drawn`: alpha at temperature 1, sum_x min(p(x), q(x)) with q what `runtime.draws` draws from, the
+  head's `top_k` candidates with their rescored scores, renormalised.
+What training optimises, for comparison with its log:
+* `alpha`: the same with q the law of `scores` over the whole vocabulary. For a rescored head these
+  are exact everywhere, so this figure is blind to its rank and to m.
+Expected tau of a chain = 1 + sum_k prod_{j<=k} alpha_j, bonus token included.
 """
 
 from __future__ import annotations
@@ -11,12 +17,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
+from typing import Any
 
 import torch
 
 from drafter.batches import collate, supervised_positions
 from drafter.documents import Captured, take
 from drafter.eagle3 import Drafter
+from drafter.heads.top_k import HeadOutput
 from drafter.losses import alpha
 from drafter.unroll import unroll
 
@@ -26,6 +34,7 @@ class Acceptance:
     """Means per draft step over `tokens` positions."""
 
     alpha: tuple[float, ...]
+    drawn: tuple[float, ...]
     top1: tuple[float, ...]
     top4: tuple[float, ...]
     tokens: int
@@ -34,6 +43,19 @@ class Acceptance:
     def expected_tau(self) -> float:
         """1 + sum_k prod_{j<=k} alpha_j."""
         return expected_tau(self.alpha)
+
+    def to_json(self) -> dict[str, Any]:
+        """The `acceptance` object of a drafter's manifest; taus of a chain of all steps."""
+        return {
+            "alpha": list(self.alpha),
+            "drawn": list(self.drawn),
+            "top1": list(self.top1),
+            "top4": list(self.top4),
+            "expected_tau": self.expected_tau,
+            "drawn_tau": expected_tau(self.drawn),
+            "greedy_tau": expected_tau(self.top1),
+            "tokens": self.tokens,
+        }
 
 
 def expected_tau(alphas: Sequence[float]) -> float:
@@ -48,7 +70,7 @@ def measure_acceptance(
     drafter: Drafter, documents: Sequence[Captured], steps: int, batch: int = 8
 ) -> Acceptance:
     """Teacher-forced acceptance of `steps` draft steps over documents."""
-    sums = torch.zeros(3, steps, dtype=torch.float64)
+    sums = torch.zeros(4, steps, dtype=torch.float64)
     count = 0
     for start in range(0, len(documents), batch):
         b = collate(take(documents, range(start, min(start + batch, len(documents)))))
@@ -60,7 +82,8 @@ def measure_acceptance(
             for k in range(steps):
                 sums[:, k] += _step_sums(drafter, states[k][r, j - 1 - k], log_p)
     means = (sums / max(count, 1)).tolist()
-    return Acceptance(tuple(means[0]), tuple(means[1]), tuple(means[2]), count)
+    alphas, drawn, top1, top4 = (tuple(mean) for mean in means)
+    return Acceptance(alphas, drawn, top1, top4, count)
 
 
 def _target_scores(drafter: Drafter, states: torch.Tensor) -> torch.Tensor:
@@ -69,11 +92,16 @@ def _target_scores(drafter: Drafter, states: torch.Tensor) -> torch.Tensor:
 
 
 def _step_sums(drafter: Drafter, state: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
-    """Sums of alpha, top1 and top4 over the rows: states [n, H], log p [n, V] -> [3]."""
+    """Sums of alpha, drawn, top1 and top4 over the rows: states [n, H], log p [n, V] -> [4]."""
     h = drafter.head_input(state)
     log_q = torch.log_softmax(drafter.lm_head.scores(h).float(), dim=-1)  # type: ignore[operator]
-    best = drafter.lm_head.top_k(h, 4).ids  # type: ignore[operator]
-    hit = best == log_p.argmax(-1, keepdim=True)  # [n, 4]
-    return torch.stack(
-        [alpha(log_p, log_q).sum(), hit[:, 0].sum().float(), hit.any(-1).sum().float()]
-    ).double()
+    found: HeadOutput = drafter.lm_head.top_k(h, drafter.config.top_k)  # type: ignore[operator]
+    hit = found.ids[:, :4] == log_p.argmax(-1, keepdim=True)  # [n, 4]
+    figures = (alpha(log_p, log_q), drawn_alpha(log_p, found), hit[:, 0], hit.any(-1))
+    return torch.stack([figure.double().sum() for figure in figures])
+
+
+def drawn_alpha(log_p: torch.Tensor, found: HeadOutput) -> torch.Tensor:
+    """sum_x min(p(x), q(x)) for q drawn from the candidates alone: log p [n, V], K each -> [n]."""
+    q = torch.softmax(found.logprobs, dim=-1)  # [n, K]
+    return torch.minimum(log_p.gather(-1, found.ids).exp(), q).sum(-1)

@@ -4,7 +4,7 @@ and manifests.
 Imports only from `export` and `drafter`.
 """
 
-from engines.backends import BACKENDS, build_engines, open_engines
+from engines.backends import BACKENDS, build_engines, open_drafter, open_engines, read_engine
 from engines.base import Engine, EngineManifest, EngineSet
 from engines.machine import BackendStatus, backends_available
 
@@ -16,5 +16,7 @@ __all__ = [
     "EngineSet",
     "backends_available",
     "build_engines",
+    "open_drafter",
     "open_engines",
+    "read_engine",
 ]

@@ -6,10 +6,10 @@ imported when used, so a machine needs only what its backend needs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
@@ -19,6 +19,7 @@ from drafter.errors import UsageError
 from engines.base import (
     DEFAULT_DRAWN_TREE,
     DEFAULT_TREE,
+    DRAFTER_GRAPHS,
     KIND,
     MEND,
     PRECISIONS,
@@ -34,12 +35,14 @@ from export.files import MEND as EXPORT_MEND
 from export.files import WEIGHTS, copy_tokenizer
 
 Build = Callable[[Path, Path, str], None]
-Open = Callable[[EngineManifest, int], dict[GraphName, Engine]]
+Open = Callable[[EngineManifest, int, Sequence[GraphName]], dict[GraphName, Engine]]
 
 
 @dataclass(frozen=True)
 class Backend:
-    """`build(export_folder, out, precision)` fills a folder, `open(manifest, threads)` opens it."""
+    """`build(export_folder, out, precision)` fills a folder;
+    `open(manifest, threads, graphs)` opens some graphs of it.
+    """
 
     precisions: tuple[str, ...]
     package: str
@@ -53,11 +56,13 @@ def _build_onnxruntime(export_folder: Path, out: Path, precision: str) -> None:
     build_graphs(export_folder, out, precision)
 
 
-def _open_onnxruntime(manifest: EngineManifest, threads: int) -> dict[GraphName, Engine]:
+def _open_onnxruntime(
+    manifest: EngineManifest, threads: int, graphs: Sequence[GraphName]
+) -> dict[GraphName, Engine]:
     from engines.onnxruntime import open_engine
 
     found = contracts(manifest.target, manifest.drafter)
-    return {g: open_engine(manifest.folder / f"{g}.onnx", found[g], threads) for g in GRAPHS}
+    return {g: open_engine(manifest.folder / f"{g}.onnx", found[g], threads) for g in graphs}
 
 
 def _build_torch(export_folder: Path, out: Path, _precision: str) -> None:
@@ -66,13 +71,16 @@ def _build_torch(export_folder: Path, out: Path, _precision: str) -> None:
     build_folder(export_folder, out)
 
 
-def _open_torch(manifest: EngineManifest, threads: int) -> dict[GraphName, Engine]:
+def _open_torch(
+    manifest: EngineManifest, threads: int, graphs: Sequence[GraphName]
+) -> dict[GraphName, Engine]:
     import torch
 
     from engines.torch_backend import open_folder
 
     torch.set_num_threads(threads)
-    return dict(open_folder(manifest.folder, manifest.target, manifest.drafter))
+    found = open_folder(manifest.folder, manifest.target, manifest.drafter)
+    return {graph: found[graph] for graph in graphs}
 
 
 BACKENDS: dict[str, Backend] = {
@@ -123,20 +131,42 @@ def build_engines(
     return read_artifact(out, KIND, verify=False, mend=MEND)
 
 
+class DrafterEngines(NamedTuple):
+    """The two drafter graphs of an engine folder, without its target."""
+
+    extend: Engine
+    step: Engine
+    manifest: EngineManifest
+
+
 def open_engines(folder: Path, *, threads: int | None = None, verify: bool = False) -> EngineSet:
     """Open an engine folder. `verify` compares every hash; else sizes only.
 
     `threads` defaults to the physical cores this process may use. Raises UsageError where the
     folder is not an intact engine of this contract and of the installed backend version.
     """
+    engines, described = _open(folder, threads, verify, GRAPHS)
+    return EngineSet(
+        engines["target"], engines["drafter_extend"], engines["drafter_step"], described
+    )
+
+
+def open_drafter(
+    folder: Path, *, threads: int | None = None, verify: bool = False
+) -> DrafterEngines:
+    """The same without the target, for a drafter that works beside one already open."""
+    engines, described = _open(folder, threads, verify, DRAFTER_GRAPHS)
+    return DrafterEngines(engines["drafter_extend"], engines["drafter_step"], described)
+
+
+def _open(
+    folder: Path, threads: int | None, verify: bool, graphs: Sequence[GraphName]
+) -> tuple[dict[GraphName, Engine], EngineManifest]:
     if threads is not None and threads < 1:
         raise UsageError(f"threads is {threads}; it must be at least 1.")
     _, described = read_engine(folder, verify=verify)
     backend = find_backend(described.backend)
-    engines = backend.open(described, threads or physical_cores())
-    return EngineSet(
-        engines["target"], engines["drafter_extend"], engines["drafter_step"], described
-    )
+    return backend.open(described, threads or physical_cores(), graphs), described
 
 
 def read_engine(folder: Path, *, verify: bool) -> tuple[Manifest, EngineManifest]:
@@ -163,7 +193,7 @@ def _self_check(
     target = export_folder / "target.onnx"
     decoder = exported_target(target, manifest.target, manifest.taps)
     layer = exported_drafter(export_folder / "drafter_extend.onnx", manifest.drafter, decoder)
-    self_check(manifest, lambda: backend.open(manifest, threads), decoder, layer)
+    self_check(manifest, lambda: backend.open(manifest, threads, GRAPHS), decoder, layer)
 
 
 def find_backend(name: str) -> Backend:

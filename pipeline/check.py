@@ -21,7 +21,7 @@ from engines.base import KIND, MEND, Engine, EngineManifest
 from engines.cases import BATCHES, PREFIXES
 from engines.machine import physical_cores
 from engines.selfcheck import Labelled, comparands, describe, first_divergence, run_comparand
-from export.contract import GraphName
+from export.contract import GRAPHS, GraphName
 from export.files import KIND as EXPORT_KIND
 from export.files import MEND as EXPORT_MEND
 from export.files import folder_fingerprint
@@ -142,7 +142,7 @@ def run_check(
     backend = find_backend(described.backend)
     made: list[Labelled] = []
     for pair in comparands(
-        described, lambda: backend.open(described, cores), decoder, drafter, exported
+        described, lambda: backend.open(described, cores, GRAPHS), decoder, drafter, exported
     ):
         tell(f"comparing {' and '.join(pair.engines)} with PyTorch")
         made += run_comparand(pair, described, batches=batches, prefixes=prefixes)

@@ -18,6 +18,7 @@ from drafter.errors import SlimSpecError
 from pipeline.commands import artifacts, decoding, learning, machine, whole
 
 INTERRUPTED = 130
+_GO_ON = ("run", "fetch", "corpus", "train")  # where they were, when they are run again
 
 app = typer.Typer(
     name="pipeline",
@@ -63,7 +64,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except SlimSpecError as error:
         return _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        return _interrupted()
+        return _interrupted(args)
     except typer.TyperException as error:
         return _wrong_use(error)
     except BrokenPipeError:  # the reader of our output has gone
@@ -71,7 +72,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return 1
     except OSError as error:
         return _fail(_machine_trouble(error), 3)
-    return _interrupted() if code == INTERRUPTED else int(code or 0)
+    return _interrupted(args) if code == INTERRUPTED else int(code or 0)
 
 
 def _fail(message: str, code: int) -> int:
@@ -79,8 +80,10 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _interrupted() -> int:
-    sys.stderr.write("interrupted; run the same command again to continue\n")
+def _interrupted(args: Sequence[str] | None) -> int:
+    command = next(iter(sys.argv[1:] if args is None else args), "")
+    how = "; run the same command again to continue" if command in _GO_ON else ""
+    sys.stderr.write(f"interrupted{how}\n")
     return INTERRUPTED
 
 

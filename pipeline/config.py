@@ -56,6 +56,26 @@ class DecodeOptions(_Options):
     seed: int = Field(0, ge=0)
 
 
+class GenerateOptions(DecodeOptions):
+    """How `pipeline generate` chooses tokens: `top_k` 0, `top_p` 1 and `min_p` 0 are off."""
+
+    top_k: int = Field(0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    min_p: float = Field(0.0, ge=0, le=1)
+    threads: int | None = Field(None, ge=1)
+
+
+class CompareOptions(TreeOptions):
+    """What drafters are compared in: `tree`s, whose values the tree options overrule; whether
+    `plain` decoding is measured too; how many `seeds` a prompt has where tokens are drawn.
+    """
+
+    tree: tuple[Literal["default", "chain"], ...] = Field(("default",), min_length=1)
+    plain: bool = True
+    seeds: int = Field(1, ge=1)
+    threads: int | None = Field(None, ge=1)
+
+
 class RunOptions(BuildOptions, DecodeOptions):
     """What `pipeline run` needs. `prompts` counts those of `prompt_set`, by default MT-Bench, or a
     few of our own for a smoke run; `prompt_file` replaces them.
@@ -217,8 +237,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _sentence(error: ValidationError, config: Path | None, given: dict[str, Any]) -> str:
     first = error.errors()[0]
-    name = ".".join(str(part) for part in first["loc"])
     from_command = given.get(str(first["loc"][0])) is not None
+    name = ".".join(str(part) for part in first["loc"][: 1 if from_command else None])
     where = f"--{name.replace('_', '-')}" if from_command else f"{config}: {name}"
     if first["type"] == "extra_forbidden":
         return f"{where} is not an option; see --help for those there are."

@@ -30,10 +30,10 @@ from drafter.config import read_json
 from drafter.errors import UsageError
 from drafter.sources import TargetFolder
 from drafter.tokenizer import ChatTokenizer, vocabulary_sha256
+from pipeline.benchmark_marks import refuse_benchmarks
 from pipeline.config import CorpusOptions, ServerOptions
 from pipeline.output import write_lines
 from pipeline.progress import Tell, note, progress
-from pipeline.prompt_sets import refuse_benchmarks
 from pipeline.prompts import read_prompts
 from pipeline.reports import ArtifactReport
 from pipeline.stages import artifact_report, fetch_target

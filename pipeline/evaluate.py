@@ -1,114 +1,176 @@
 """Decoding measured: plain and speculative on the same engine, prompt by prompt, interleaved.
 
-Rates are decode rates: tokens after the first over the time after the prompt's pass. For each
-prompt both ways run one after the other, and which goes first alternates, so that a machine that
-slows down or is busy hits both alike. `speedup` is the median of the prompts' own ratios, `tau`
-and acceptance are pooled over all rounds.
+Rates are decode rates: tokens after the first over the time after the prompt's pass. `speedup` is
+the median of the prompts' own ratios, `tau` and acceptance are pooled over all rounds. The loop is
+in `pipeline.measure`, the figures by prompt in `pipeline.figures`, several drafters in
+`pipeline.compare`; this module makes reports of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
+from pathlib import Path
 from statistics import median
 from typing import Any
 
-from drafter.errors import UsageError
+from drafter.artifact import read_artifact
+from engines.base import KIND
+from pipeline import figures, intervals
+from pipeline.compare import Comparison
 from pipeline.config import DecodeOptions
+from pipeline.intervals import LEVEL, RESAMPLES, Estimate
+from pipeline.machine import machine, versions
+from pipeline.measure import Answer, Way, decode_rate, measure
 from pipeline.progress import Tell
-from pipeline.prompts import Prompt, PromptSet
-from pipeline.reports import DecodeReport
+from pipeline.prompts import PromptSet
+from pipeline.reports import (
+    ComparisonReport,
+    DecodeReport,
+    EvaluateReport,
+    Interval,
+    WayReport,
+)
 from runtime.generator import Completion, Generator
-from runtime.tree import TreeConfig
-
-_WARM_UP_TOKENS = 16
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One prompt decoded both ways."""
-
-    prompt: Prompt
-    plain: Completion
-    speculative: Completion
-
-    @property
-    def identical(self) -> bool:
-        """Whether both gave the same tokens."""
-        return self.plain.token_ids == self.speculative.token_ids
-
-    @property
-    def speedup(self) -> float | None:
-        """The ratio of the two decode rates, None where an answer has a single token."""
-        plain, fast = decode_rate(self.plain), decode_rate(self.speculative)
-        return None if plain is None or fast is None else fast / plain
-
-    def to_json(self) -> dict[str, Any]:
-        """One line of `--details FILE`."""
-        return {
-            "prompt": self.prompt.name,
-            "identical": self.identical,
-            "tokens": len(self.speculative.token_ids),
-            "prompt_tokens": self.speculative.prompt_tokens,
-            "tau": self.speculative.tau,
-            "rounds": self.speculative.rounds,
-            "plain_tok_s": decode_rate(self.plain),
-            "speculative_tok_s": decode_rate(self.speculative),
-            "speedup": self.speedup,
-            "plain_seconds": self.plain.timings.as_dict(),
-            "speculative_seconds": self.speculative.timings.as_dict(),
-            "plain_text": self.plain.text,
-            "speculative_text": self.speculative.text,
-        }
-
-
-def decode_rate(completion: Completion) -> float | None:
-    """Tokens a second after the prompt's pass; None where it gave all of them."""
-    seconds = completion.timings.total_s - completion.timings.prefill_s
-    tokens = len(completion.token_ids) - 1
-    return tokens / seconds if tokens > 0 and seconds > 0 else None
 
 
 def evaluate(
-    generator: Generator,
-    prompts: PromptSet,
-    options: DecodeOptions,
-    tell: Tell,
-    tree: TreeConfig | None = None,
-) -> list[Pair]:
+    generator: Generator, prompts: PromptSet, options: DecodeOptions, tell: Tell
+) -> list[Answer]:
     """Decode every prompt plainly and speculatively. Raises UsageError for a prompt that is too
     long, before the first one is decoded.
     """
-    encoded = [_encode(generator, prompt) for prompt in prompts.prompts]
-    tell("warming up", None)
-    for speculate in (False, True):
-        generator.generate(encoded[0], max_tokens=_WARM_UP_TOKENS, speculate=speculate, tree=tree)
-    pairs: list[Pair] = []
-    for index, (prompt, ids) in enumerate(zip(prompts.prompts, encoded, strict=True)):
-        tell(_state(index, len(encoded), pairs), index / len(encoded))
-        pairs.append(_pair(generator, prompt, ids, options, tree, plain_first=index % 2 == 0))
-    tell(_state(len(encoded), len(encoded), pairs), 1.0)
-    return pairs
+    way = Way("engine", generator, generator.tree(options.temperature))
+    return measure([way], prompts, options, tell, state=state)
 
 
-def summarise(pairs: Sequence[Pair]) -> DecodeReport:
-    """The `decode` object of the reports."""
-    fast = [pair.speculative for pair in pairs]
+def evaluate_report(found: Sequence[Comparison], environment: dict[str, Any]) -> EvaluateReport:
+    """All of an evaluation; its first keys are the first way of the first comparison."""
+    return EvaluateReport(
+        **dict(summarise(found[0].answers)),
+        environment=environment,
+        level=LEVEL,
+        resamples=RESAMPLES,
+        comparisons=[comparison_report(comparison) for comparison in found],
+    )
+
+
+def comparison_report(found: Comparison) -> ComparisonReport:
+    """One prompt set in all ways."""
+    answers = found.answers
+    measured = answers[0].plain is not None
+    return ComparisonReport(
+        prompts=found.prompts.title,
+        count=len(found.prompts.prompts),
+        max_tokens=found.decode.max_tokens,
+        temperature=found.decode.temperature,
+        seeds=sorted({answer.seed for answer in answers}),
+        plain_tok_s=_interval(intervals.median(figures.rates(answers, None))) if measured else None,
+        ways=[_way_report(found, place) for place in range(len(found.ways))],
+    )
+
+
+def _way_report(found: Comparison, place: int) -> WayReport:
+    answers, way, counts = found.answers, found.ways[place], found.counts(place)
+    measured = answers[0].plain is not None
+    speed = {base: figures.speed_ratio(answers, place, base) for base in (None, 0)}
+    return WayReport(
+        name=way.name,
+        engine=None if way.engine is None else str(way.engine),
+        tree=asdict(way.tree),
+        tokens=int(counts.tokens.sum()),
+        rounds=int(counts.rounds.sum()),
+        identical=identical(answers, place),
+        tau=_interval(found.tau(place)),
+        tau_ratio=_interval(found.tau_ratio(place)) if place else None,
+        tau_difference=_interval(found.tau_difference(place)) if place else None,
+        acceptance=[_interval(e) for e in figures.acceptance(answers, place)],
+        conditional_acceptance=[_interval(e) for e in found.conditional_acceptance(place)],
+        tok_s=_interval(intervals.median(figures.rates(answers, place))),
+        speedup=_interval(speed[None]) if measured else None,
+        speed_ratio=_interval(speed[0]) if place else None,
+        overhead_ms_per_round=summarise(answers, place).overhead_ms_per_round,
+    )
+
+
+def details(found: Sequence[Comparison]) -> list[dict[str, Any]]:
+    """The lines of `--details FILE`: each answer in each way."""
+    return [
+        {
+            **answer.to_json(place),
+            "engine": way.name,
+            "prompts": comparison.prompts.title,
+            "temperature": comparison.decode.temperature,
+        }
+        for comparison in found
+        for answer in comparison.answers
+        for place, way in enumerate(comparison.ways)
+    ]
+
+
+def environment(engine: Path, threads: int | None) -> dict[str, Any]:
+    """What the numbers depend on besides drafters, prompts and trees."""
+    found, manifest = machine(), read_artifact(engine, KIND, verify=False)
+    return {
+        **found,
+        "versions": versions(),
+        "target": manifest.name,
+        "backend": manifest.arguments["backend"],
+        "precision": manifest.arguments["precision"],
+        "threads": threads or found["cores"],
+        "batch": 1,
+    }
+
+
+def _interval(estimate: Estimate) -> Interval:
+    return Interval(value=estimate.value, low=estimate.low, high=estimate.high)
+
+
+def summarise(answers: Sequence[Answer], way: int = 0) -> DecodeReport:
+    """The `decode` object of the reports: one way against plain decoding, where there is any."""
+    fast = [answer.fast[way] for answer in answers]
     rounds = sum(c.rounds for c in fast)
     overhead = sum(c.timings.overhead_s for c in fast)
     return DecodeReport(
-        prompts=len(pairs),
-        identical=sum(pair.identical for pair in pairs),
+        prompts=len(answers),
+        identical=identical(answers, way),
         tau=_pooled([(c.tau, c.rounds) for c in fast], empty=1.0),
         acceptance_by_depth=_acceptance(fast),
-        plain_tok_s=_median([decode_rate(pair.plain) for pair in pairs]),
+        plain_tok_s=_median([decode_rate(answer.plain) for answer in answers]),
         speculative_tok_s=_median([decode_rate(c) for c in fast]),
-        speedup=_median([pair.speedup for pair in pairs]),
+        speedup=_median([speedup(answer, way) for answer in answers]),
         target_passes_per_token=(
             sum(c.target_passes for c in fast) / sum(len(c.token_ids) for c in fast)
         ),
         overhead_ms_per_round=1e3 * overhead / rounds if rounds else 0.0,
     )
+
+
+def identical(answers: Sequence[Answer], way: int) -> int | None:
+    """How many answers have the tokens of plain decoding, or where there is none, of the first way;
+    None where there is nothing to compare with.
+    """
+    judges = [answer.plain or answer.fast[0] for answer in answers]
+    if way == 0 and answers[0].plain is None:
+        return None
+    pairs = zip(answers, judges, strict=True)
+    return sum(answer.fast[way].token_ids == judge.token_ids for answer, judge in pairs)
+
+
+def speedup(answer: Answer, way: int = 0) -> float | None:
+    """The ratio of the two decode rates, None where an answer has a single token."""
+    plain, fast = decode_rate(answer.plain), decode_rate(answer.fast[way])
+    return None if plain is None or fast is None else fast / plain
+
+
+def state(answers: Sequence[Answer]) -> str:
+    """What is known so far, in a few words."""
+    if not answers:
+        return ""
+    found = [summarise(answers, way) for way in range(len(answers[0].fast))]
+    taus = " ".join(f"{report.tau:.2f}" for report in found)
+    fastest = max((r.speedup for r in found if r.speedup is not None), default=None)
+    return f"tau {taus}" if fastest is None else f"tau {taus}, {fastest:.2f}x"
 
 
 def spread(values: Sequence[float | None]) -> tuple[float, float] | None:
@@ -124,48 +186,6 @@ def seconds_by_part(completions: Sequence[Completion]) -> dict[str, float]:
     """Prefill, draft, verify and overhead seconds, summed."""
     parts = [completion.timings.as_dict() for completion in completions]
     return {name: sum(part[name] for part in parts) for name in parts[0]}
-
-
-def _encode(generator: Generator, prompt: Prompt) -> list[int]:
-    try:
-        ids = generator.prompt_ids(prompt.text)
-    except UsageError as error:
-        raise UsageError(f"prompt {prompt.name}: {error}") from None
-    if len(ids) >= generator.max_context:
-        raise UsageError(
-            f"prompt {prompt.name} has {len(ids)} tokens, the engine's context holds "
-            f"{generator.max_context} and needs one for the answer; shorten or remove it."
-        )
-    return ids
-
-
-def _pair(
-    generator: Generator,
-    prompt: Prompt,
-    ids: list[int],
-    options: DecodeOptions,
-    tree: TreeConfig | None,
-    plain_first: bool,
-) -> Pair:
-    found: dict[bool, Completion] = {}
-    for speculate in (False, True) if plain_first else (True, False):
-        found[speculate] = generator.generate(
-            ids,
-            max_tokens=options.max_tokens,
-            temperature=options.temperature,
-            seed=options.seed,
-            speculate=speculate,
-            tree=tree,
-        )
-    return Pair(prompt, plain=found[False], speculative=found[True])
-
-
-def _state(index: int, count: int, pairs: Sequence[Pair]) -> str:
-    if not pairs:
-        return f"prompt {index + 1}/{count}"
-    shown = summarise(pairs)
-    state = f"prompt {min(index + 1, count)}/{count}, tau {shown.tau:.2f}"
-    return state if shown.speedup is None else f"{state}, {shown.speedup:.2f}x"
 
 
 def _acceptance(completions: Sequence[Completion]) -> list[float]:

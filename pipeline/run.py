@@ -11,12 +11,13 @@ from drafter.errors import CheckFailed
 from drafter.sources import TargetFolder
 from engines.base import PRECISIONS
 from pipeline.config import SMOKE_TOKENS, RunOptions
-from pipeline.evaluate import Pair, evaluate, summarise
+from pipeline.evaluate import evaluate, summarise
 from pipeline.machine import machine, peak_rss_mb, versions
+from pipeline.measure import Answer
 from pipeline.progress import progress
 from pipeline.prompt_sets import benchmark_prompts
 from pipeline.prompts import PromptSet, own_prompts, read_prompts
-from pipeline.reports import DecodeReport, HeadReport, ParityRow, RunReport
+from pipeline.reports import HeadReport, ParityRow, RunReport
 from pipeline.stages import (
     Stages,
     build_stage,
@@ -40,7 +41,7 @@ class Outcome:
 
     report: RunReport
     check: CheckReport
-    pairs: list[Pair]
+    answers: list[Answer]
     prompts: PromptSet
 
 
@@ -66,24 +67,25 @@ def run(options: RunOptions, offline: bool | None = None) -> Outcome:
     )
     engine = Path(built.path)
     check = stages.run("check", lambda: check_stage(engine, threads=options.threads), _checked)
-    pairs, tree = stages.run("decode", lambda: _decode(engine, options, prompts), _decoded)
+    answers, tree = stages.run("decode", lambda: _decode(engine, options, prompts), _decoded)
     head = stages.run("head", lambda: _heads(target.path, drafter, tree["width"], options), _timed)
     report = RunReport(
         environment=environment(options, target.name, drafter, prompts, tree),
         parity=parity_rows(check),
-        decode=summarise(pairs),
+        decode=summarise(answers),
         head=head,
         seconds_by_stage={name: round(s, 3) for name, s in stages.seconds.items()},
         peak_rss_mb=peak_rss_mb(),
     )
-    return Outcome(report, check, pairs, prompts)
+    return Outcome(report, check, answers, prompts)
 
 
 def verdict(outcome: Outcome) -> None:
     """Raise CheckFailed where parity or the identity of the texts does not hold."""
     outcome.check.raise_if_failed()
     known = outcome.report.environment
-    check_identical(outcome.report.decode, known["precision"], known["temperature"])
+    decode = outcome.report.decode
+    check_identical(decode.identical, decode.prompts, known["precision"], known["temperature"])
 
 
 def parity_rows(check: CheckReport) -> list[ParityRow]:
@@ -113,16 +115,18 @@ def _largest(one: float, other: float) -> float:
     return one if math.isnan(one) else other if math.isnan(other) else max(one, other)
 
 
-def check_identical(decode: DecodeReport, precision: str, temperature: float) -> None:
+def check_identical(
+    identical: int | None, answers: int, precision: str, temperature: float
+) -> None:
     """Raise CheckFailed where greedy texts differ although the target runs in fp32.
 
     Sampled texts always differ, and an int8 target rounds differently for one token than for
     several, so there the count is a figure and no verdict.
     """
     exact = temperature == 0 and "target" not in PRECISIONS[precision].graphs
-    if exact and decode.identical < decode.prompts:
+    if exact and identical is not None and identical < answers:
         raise CheckFailed(
-            f"{decode.prompts - decode.identical} of {decode.prompts} speculative texts differ "
+            f"{answers - identical} of {answers} speculative texts differ "
             "from plain decoding, none may; run `pipeline evaluate --details FILE` to see which."
         )
 
@@ -164,14 +168,14 @@ def _out(options: RunOptions, name: str) -> Path | None:
 
 def _decode(
     engine: Path, options: RunOptions, prompts: PromptSet
-) -> tuple[list[Pair], dict[str, Any]]:
+) -> tuple[list[Answer], dict[str, Any]]:
     from runtime.generator import Generator
 
     generator = Generator.load(engine, threads=options.threads)
     tree = generator.tree(options.temperature)
     with progress("decode") as tell:
-        pairs = evaluate(generator, prompts, options, tell)
-    return pairs, asdict(tree)
+        answers = evaluate(generator, prompts, options, tell)
+    return answers, asdict(tree)
 
 
 def _heads(target: Path, drafter: Path, rows: int, options: RunOptions) -> HeadReport:
@@ -195,7 +199,7 @@ def _checked(check: CheckReport) -> str:
     return f"{sum(row.ok for row in rows)} of {len(rows)} tensors within tolerance"
 
 
-def _decoded(found: tuple[list[Pair], dict[str, Any]]) -> str:
+def _decoded(found: tuple[list[Answer], dict[str, Any]]) -> str:
     report = summarise(found[0])
     times = "" if report.speedup is None else f", {report.speedup:.2f}x"
     return f"{report.identical} of {report.prompts} texts identical, tau {report.tau:.2f}{times}"

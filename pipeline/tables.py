@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.evaluate import Pair, decode_rate, seconds_by_part, spread
-from pipeline.reports import DecodeReport, DoctorReport, HeadReport, ParityRow
+from pipeline import figures
+from pipeline.compare import Comparison
+from pipeline.evaluate import seconds_by_part, speedup, spread
+from pipeline.intervals import Estimate
+from pipeline.measure import Answer, decode_rate
+from pipeline.reports import (
+    ComparisonReport,
+    DecodeReport,
+    DoctorReport,
+    EvaluateReport,
+    HeadReport,
+    Interval,
+    ParityRow,
+    WayReport,
+)
 
 _PARTS = {
     "prefill_s": "prompt",
@@ -38,29 +52,38 @@ def parity_table(rows: Sequence[ParityRow]) -> Table:
     return table
 
 
+def evaluation_tables(report: EvaluateReport, found: Sequence[Comparison]) -> list[Table]:
+    """One drafter on one set against plain decoding in detail; anything more as rows."""
+    first = found[0]
+    if len(found) > 1 or len(first.ways) > 1 or first.answers[0].plain is None:
+        return comparison_tables(report.comparisons)
+    decode = decode_table(report, first.answers, first.prompts.title, first.decode.temperature)
+    return [decode, time_table(first.answers)]
+
+
 def decode_table(
-    report: DecodeReport, pairs: Sequence[Pair], title: str, temperature: float = 0.0
+    report: DecodeReport, answers: Sequence[Answer], title: str, temperature: float = 0.0
 ) -> Table:
     """Plain against speculative decoding. At a temperature texts are drawn: the same law, not the
-    same text.
+    same text. Intervals: `pipeline.intervals`.
     """
     shown = f"{title}, temperature {temperature:g}" if temperature else title
     table = _table(f"Decoding: {shown}", ("", "plain", "speculative"))
-    plain = [pair.plain for pair in pairs]
-    fast = [pair.speculative for pair in pairs]
     table.add_row(
         "tokens/s (median)", _number(report.plain_tok_s), _number(report.speculative_tok_s)
     )
     table.add_row(
         "tokens/s (10th to 90th percentile)",
-        _range([decode_rate(c) for c in plain]),
-        _range([decode_rate(c) for c in fast]),
+        _range([decode_rate(answer.plain) for answer in answers]),
+        _range([decode_rate(answer.fast[0]) for answer in answers]),
     )
-    table.add_row("speedup (median of paired ratios)", "1.00x", _times(report.speedup))
-    table.add_row("speedup (10th to 90th percentile)", "", _range([p.speedup for p in pairs]))
-    table.add_row("tau, tokens per round", "1.00", f"{report.tau:.2f}")
+    speed = figures.speed_ratio(answers, 0, None)
+    table.add_row("speedup (median of paired ratios, 95 % interval)", "1.00x", _estimate(speed))
+    table.add_row("speedup (10th to 90th percentile)", "", _range([speedup(a) for a in answers]))
+    table.add_row("tau, tokens per round", "1.00", _estimate(figures.tau(answers, 0)))
     depths = " ".join(f"{share:.2f}" for share in report.acceptance_by_depth)
     table.add_row("accepted at depth 1, 2, ...", "", depths)
+    table.add_row("the same where the depth before was", "", _conditional(answers, 0))
     table.add_row("target passes per token", "1.00", f"{report.target_passes_per_token:.2f}")
     table.add_row("our own code, ms per round", "", f"{report.overhead_ms_per_round:.2f}")
     same = "drawn, not compared" if temperature else f"{report.identical} of {report.prompts}"
@@ -68,10 +91,57 @@ def decode_table(
     return table
 
 
-def time_table(pairs: Sequence[Pair]) -> Table:
+def comparison_tables(found: Sequence[ComparisonReport]) -> list[Table]:
+    """Drafters side by side for each prompt set and temperature; one drafter alone: all of them as
+    rows. Intervals are of 95 %, over prompts.
+    """
+    if all(len(comparison.ways) == 1 for comparison in found):
+        rows = [_Row(_title(c), c, c.ways[0]) for c in found]
+        return _row_tables("One drafter", "prompts", rows)
+    tables = []
+    for comparison in found:
+        rows = [_Row(way.name, comparison, way) for way in comparison.ways]
+        tables += _row_tables(_title(comparison), "drafter", rows)
+    return tables
+
+
+class _Row(NamedTuple):
+    label: str
+    comparison: ComparisonReport
+    way: WayReport
+
+
+def _row_tables(title: str, what: str, rows: Sequence[_Row]) -> list[Table]:
+    plain = any(row.comparison.plain_tok_s is not None for row in rows)
+    speed_up = "speed-up" if plain else "speed / first"
+    columns = (what, "tau", "tau / first", "tokens/s", speed_up, "same text")
+    speed = _table(f"{title} (95 % intervals)", columns)
+    depths = max(int(row.way.tree["depth"]) for row in rows)
+    about = f"{title}: accepted at depth 1, 2, ... where the depth before was"
+    accepted = _table(about, (what, *(str(depth + 1) for depth in range(depths))))
+    for label, comparison, way in rows:
+        speed.add_row(
+            escape(label),
+            _interval(way.tau),
+            _interval(way.tau_ratio),
+            _interval(way.tok_s, 1),
+            _interval(way.speedup if plain else way.speed_ratio),
+            _same_text(way, comparison),
+        )
+        cells = [_interval(share) for share in way.conditional_acceptance[:depths]]
+        accepted.add_row(escape(label), *cells)
+    return [speed, accepted]
+
+
+def _title(comparison: ComparisonReport) -> str:
+    return f"{comparison.prompts}, temperature {comparison.temperature:g}"
+
+
+def time_table(answers: Sequence[Answer]) -> Table:
     """Where the time went, in milliseconds per emitted token."""
     table = _table("Where the time went (ms per token)", ("", "plain", "speculative", "share"))
-    plain, fast = [pair.plain for pair in pairs], [pair.speculative for pair in pairs]
+    plain = [answer.plain for answer in answers if answer.plain is not None]
+    fast = [answer.fast[0] for answer in answers]
     slow_parts, fast_parts = seconds_by_part(plain), seconds_by_part(fast)
     slow_tokens = sum(len(c.token_ids) for c in plain)
     fast_tokens = sum(len(c.token_ids) for c in fast)
@@ -131,6 +201,29 @@ def _number(value: float | None, digits: int = 1) -> str:
 
 def _times(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}x"
+
+
+def _interval(found: Interval | None, digits: int = 2) -> str:
+    if found is None or found.value is None:
+        return "-"
+    if found.low is None or found.high is None:
+        return f"{found.value:.{digits}f}"
+    return f"{found.value:.{digits}f} ({found.low:.{digits}f}-{found.high:.{digits}f})"
+
+
+def _same_text(way: WayReport, comparison: ComparisonReport) -> str:
+    if comparison.temperature:
+        return "drawn"
+    return "-" if way.identical is None else f"{way.identical} of {comparison.count}"
+
+
+def _conditional(answers: Sequence[Answer], way: int) -> str:
+    found = figures.conditional_acceptance(answers, way)
+    return " ".join(_number(estimate.value, 2) for estimate in found)
+
+
+def _estimate(found: Estimate) -> str:
+    return _interval(Interval(value=found.value, low=found.low, high=found.high))
 
 
 def _range(values: Sequence[float | None]) -> str:

@@ -28,6 +28,7 @@ from drafter.config import (
 from drafter.errors import UsageError
 from drafter.sources import TargetFolder
 from drafter.tokenizer import vocabulary_sha256
+from pipeline.benchmark_marks import refuse_benchmark_corpus
 from pipeline.captures import Teacher, capture_corpus, captured_documents, split, teacher_of
 from pipeline.config import TrainOptions
 from pipeline.corpora import corpus_fingerprint, dialogues_corpus
@@ -96,6 +97,7 @@ def _train_stage(options: TrainOptions, share: Share, offline: bool | None) -> A
     check_corpus(corpus, config, training.supervise)
     with disk_full_as_error(run):
         with share.in_turn():
+            refuse_benchmark_corpus(corpus, target.path)
             _claim(run, {**inputs, **arguments})
         drafter, data = _trained(teacher, config, options, training, corpus, run, share)
     if share.first:
@@ -295,14 +297,12 @@ def _measure(drafter: Drafter, held_out: Sequence[Captured], steps: int) -> dict
         found: Acceptance = measure_acceptance(
             drafter.eval(), held_out[-_HELD_OUT_DOCUMENTS:], steps
         )
-    note(f"held out: alpha {found.alpha[0]:.3f} at step 1, expected tau {found.expected_tau:.2f}")
-    return {
-        "alpha": list(found.alpha),
-        "top1": list(found.top1),
-        "top4": list(found.top4),
-        "expected_tau": found.expected_tau,
-        "tokens": found.tokens,
-    }
+    known = found.to_json()
+    note(
+        f"held out, a chain of {steps}: tau {known['greedy_tau']:.2f} at temperature 0, "
+        f"{known['drawn_tau']:.2f} at 1"
+    )
+    return known
 
 
 def _write(

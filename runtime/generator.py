@@ -70,6 +70,11 @@ class Completion:
     tok_s: float
     timings: Timings
 
+    @property
+    def accepted_at(self) -> list[int]:
+        """[d]: how many rounds accepted a node of depth d+1."""
+        return [round(share * self.rounds) for share in self.acceptance_by_depth]
+
     def to_json(self) -> dict[str, Any]:
         """The object that `pipeline generate --json` prints."""
         return {
@@ -130,6 +135,24 @@ class Generator:
             tree=TreeConfig.from_dict(manifest.tree),
             drawn_tree=TreeConfig.from_dict(manifest.drawn_tree),
         )
+
+    def with_drafter(
+        self, drafter: Drafter, tree: TreeConfig, drawn_tree: TreeConfig | None = None
+    ) -> Generator:
+        """This target and tokenizer with another drafter, of the same taps and context.
+
+        The two answer one request at a time between them: the target has one cache.
+        """
+        other = Generator(
+            self._target,
+            drafter,
+            self.tokenizer,
+            eos_ids=tuple(self.eos_ids),
+            tree=tree,
+            drawn_tree=drawn_tree,
+        )
+        other._busy = self._busy
+        return other
 
     @property
     def max_context(self) -> int:

@@ -8,10 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from drafter.errors import UsageError
 from pipeline.commands import options as o
-from pipeline.config import DecodeOptions, RunOptions, TreeOptions, options
+from pipeline.config import (
+    CompareOptions,
+    DecodeOptions,
+    GenerateOptions,
+    RunOptions,
+    TreeOptions,
+    default,
+    options,
+)
 from pipeline.output import check_writable, print_json, print_tables, print_text, write_lines
 
 if TYPE_CHECKING:
+    from pipeline.prompts import PromptSet
     from runtime.generator import Generator
     from runtime.tree import TreeConfig
 
@@ -21,9 +30,30 @@ Prompt = Annotated[
 Stop = Annotated[
     list[str] | None, o.option("--stop", help="End before this text; may be given several times.")
 ]
-TopK = Annotated[int, o.option("--top-k", help="Keep the k likeliest tokens; 0 is off.")]
-TopP = Annotated[float, o.option("--top-p", help="Keep the likeliest tokens of mass p; 1 is off.")]
-MinP = Annotated[float, o.option("--min-p", help="Drop tokens below p times the best; 0 is off.")]
+TopK = Annotated[
+    int | None,
+    o.option(
+        "--top-k",
+        help="Keep the k likeliest tokens; 0 is off.",
+        default=default(GenerateOptions, "top_k"),
+    ),
+]
+TopP = Annotated[
+    float | None,
+    o.option(
+        "--top-p",
+        help="Keep the likeliest tokens of mass p; 1 is off.",
+        default=default(GenerateOptions, "top_p"),
+    ),
+]
+MinP = Annotated[
+    float | None,
+    o.option(
+        "--min-p",
+        help="Drop tokens below p times the best; 0 is off.",
+        default=default(GenerateOptions, "min_p"),
+    ),
+]
 
 
 def generate(
@@ -32,9 +62,9 @@ def generate(
     max_tokens: o.MaxTokens = None,
     temperature: o.Temperature = None,
     seed: o.Seed = None,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    min_p: MinP = 0.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
     stop: Stop = None,
     system: Annotated[str | None, o.option("--system", help="A system message before it.")] = None,
     raw: Annotated[bool, o.option("--raw", help="No chat template: continue the text.")] = False,
@@ -60,7 +90,16 @@ def generate(
     """
     from pipeline.workspace import last_engine
 
-    decode = options(DecodeOptions, max_tokens=max_tokens, temperature=temperature, seed=seed)
+    decode = options(
+        GenerateOptions,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        threads=threads,
+    )
     tree = options(
         TreeOptions,
         depth=depth,
@@ -74,15 +113,15 @@ def generate(
     folder = engine or last_engine()
     from runtime.generator import Generator  # imports PyTorch: after the cheap mistakes
 
-    generator = Generator.load(folder, threads=threads)
+    generator = Generator.load(folder, threads=decode.threads)
     pieces = generator.stream(
         asked,
         max_tokens=decode.max_tokens,
         temperature=decode.temperature,
         seed=decode.seed,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
+        top_k=decode.top_k,
+        top_p=decode.top_p,
+        min_p=decode.min_p,
         stop=stop or (),
         speculate=not no_speculation,
         tree=_tree(generator, tree, decode.temperature),
@@ -100,11 +139,19 @@ def generate(
 
 
 def evaluate(
-    prompts: o.Prompts = None,
-    engine: o.EngineDir = None,
+    prompts: o.PromptSets = None,
+    engine: o.Engines = None,
     max_tokens: o.MaxTokens = None,
-    temperature: o.Temperature = None,
+    temperature: o.Temperatures = None,
     seed: o.Seed = None,
+    seeds: Annotated[
+        int | None,
+        o.option("--seeds", help="Answers to each prompt above temperature 0.", default="1"),
+    ] = None,
+    tree: o.Trees = None,
+    no_plain: Annotated[
+        bool, o.option("--no-plain", help="Leave plain decoding out: no speed-ups.")
+    ] = False,
     depth: o.Depth = None,
     width: o.Width = None,
     budget: o.Budget = None,
@@ -113,32 +160,32 @@ def evaluate(
     min_level: o.MinLevel = None,
     threads: o.Threads = None,
     details: Annotated[
-        Path | None, o.option("--details", help="JSONL file for the figures of every prompt.")
+        Path | None, o.option("--details", help="JSONL file for the figures of every answer.")
     ] = None,
     offline: o.Offline = False,
     as_json: o.Json = False,
 ) -> None:
-    """Measure plain against speculative decoding on one engine, interleaved, prompt by prompt.
+    """Measure speculative decoding, of one drafter or of several side by side, interleaved, prompt
+    by prompt. Without --no-plain against plain decoding.
 
     Exit code 1 where greedy texts differ although the target runs in fp32.
 
     \b
     Examples:
-      pipeline evaluate --max-tokens 128
-      pipeline evaluate --prompts humaneval:40
-      pipeline evaluate --prompts my.jsonl --budget 12 --details out.jsonl --json
+      pipeline evaluate --prompts mt-bench --prompts humaneval:40 --temperature 0 --temperature 1
+      pipeline evaluate --engine dense/engine --engine low-rank/engine --no-plain
+      pipeline evaluate --tree default --tree chain --details out.jsonl --json
     """
-    from pipeline.evaluate import evaluate as measure
-    from pipeline.evaluate import summarise
-    from pipeline.progress import progress
-    from pipeline.run import check_identical, choose_prompts
-    from pipeline.tables import decode_table, time_table
-    from pipeline.workspace import last_engine
-    from runtime.generator import Generator
-
-    decode = options(DecodeOptions, max_tokens=max_tokens, temperature=temperature, seed=seed)
-    tree = options(
-        TreeOptions,
+    given: list[float | None] = [*temperature] if temperature else [None]
+    decodes = [
+        options(DecodeOptions, max_tokens=max_tokens, temperature=t, seed=seed) for t in given
+    ]
+    chosen = options(
+        CompareOptions,
+        tree=tuple(tree) if tree else None,
+        plain=not no_plain,
+        seeds=seeds,
+        threads=threads,
         depth=depth,
         width=width,
         budget=budget,
@@ -146,22 +193,43 @@ def evaluate(
         lookup=lookup,
         min_level=min_level,
     )
+    asked = [_prompt_options(text) for text in prompts] if prompts else [_prompt_options(None)]
     if details is not None:
         check_writable(details)
-    folder = engine or last_engine()
-    chosen = choose_prompts(_prompt_options(prompts), o.offline(offline))
-    generator = Generator.load(folder, threads=threads)
-    with progress("evaluate") as tell:
-        pairs = measure(generator, chosen, decode, tell, _tree(generator, tree, decode.temperature))
-    report = summarise(pairs)
+    from pipeline.run import choose_prompts
+    from pipeline.workspace import last_engine
+
+    folders = engine or [last_engine()]
+    sets = [choose_prompts(one, o.offline(offline)) for one in asked]
+    _evaluate(folders, sets, decodes, chosen, details, as_json)
+
+
+def _evaluate(
+    folders: list[Path],
+    sets: list[PromptSet],
+    decodes: list[DecodeOptions],
+    chosen: CompareOptions,
+    details: Path | None,
+    as_json: bool,
+) -> None:
+    from pipeline import evaluate as reporting
+    from pipeline.compare import compare_all
+    from pipeline.run import check_identical
+    from pipeline.tables import evaluation_tables
+
+    found = compare_all(folders, sets, decodes, chosen, reporting.state)
+    known = reporting.environment(folders[0], chosen.threads)
+    report = reporting.evaluate_report(found, known)
     if details is not None:
-        write_lines(details, [pair.to_json() for pair in pairs])
+        write_lines(details, reporting.details(found))
     if as_json:
         print_json(report.to_json())
     else:
-        table = decode_table(report, pairs, chosen.title, decode.temperature)
-        print_tables(table, time_table(pairs))
-    check_identical(report, _precision(folder), decode.temperature)
+        print_tables(*evaluation_tables(report, found))
+    for one, measured in zip(report.comparisons, found, strict=True):
+        for way in one.ways:
+            count = len(measured.answers)
+            check_identical(way.identical, count, known["precision"], one.temperature)
 
 
 def serve(
@@ -229,7 +297,10 @@ def serve(
         "threads": threads,
         "speculate": not no_speculation,
     }
-    settings = ServerSettings.from_options(**{k: v for k, v in given.items() if v is not None})
+    called = {name: f"--{name.removesuffix('_s').replace('_', '-')}" for name in given}
+    settings = ServerSettings.from_options(
+        called, **{name: value for name, value in given.items() if value is not None}
+    )
     run_server(engine or last_engine(), settings)
 
 
@@ -261,9 +332,3 @@ def _tree(generator: Generator, chosen: TreeOptions, temperature: float) -> Tree
     from dataclasses import replace
 
     return replace(generator.tree(temperature), **chosen.chosen())
-
-
-def _precision(engine: Path) -> str:
-    from drafter.artifact import read_artifact
-
-    return str(read_artifact(engine, "engine", verify=False).arguments.get("precision"))

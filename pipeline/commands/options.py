@@ -8,8 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
+from drafter.errors import UsageError
 from pipeline.config import (
     BuildOptions,
+    CompareOptions,
     DecodeOptions,
     RunOptions,
     default,
@@ -119,22 +121,62 @@ Seed = Annotated[
 ]
 
 
+Engines = Annotated[
+    list[Path] | None,
+    option(
+        "--engine",
+        help="Engine folder; may be given several times, for drafters of one target.",
+        default="the one built last",
+    ),
+]
+PromptSets = Annotated[
+    list[str] | None,
+    option(
+        "--prompts",
+        help="As for `run`; may be given several times.",
+        default=default(RunOptions, "prompts"),
+    ),
+]
+Temperatures = Annotated[
+    list[float] | None,
+    option(
+        "--temperature",
+        help="0 is greedy; may be given several times.",
+        default=default(DecodeOptions, "temperature"),
+    ),
+]
+Trees = Annotated[
+    list[str] | None,
+    option(
+        "--tree",
+        help="`default`, the engine's, or `chain`; may be given several times.",
+        default=default(CompareOptions, "tree"),
+    ),
+]
+
+
 def offline(flag: bool) -> bool | None:
     """What `resolve_target` wants: None leaves it to SLIMSPEC_OFFLINE."""
     return True if flag else None
 
 
 def prompts(given: str | None) -> dict[str, Any]:
-    """`--prompts`, a number, a set (with a number) or a file, as fields of RunOptions."""
+    """`--prompts`, a number, a set (with a number) or a file, as fields of RunOptions. Raises
+    UsageError for a set with a number of prompts that it does not have.
+    """
     from pipeline.prompt_sets import BENCHMARKS
 
     if given is None:
         return {}
     if re.fullmatch(r"[+-]?\d{1,18}", given):
         return {"prompts": int(given)}
-    name, _, count = given.partition(":")
-    if name in BENCHMARKS and not count:
-        return {"prompt_set": name, "prompts": BENCHMARKS[name].count}
-    if name in BENCHMARKS and re.fullmatch(r"\d{1,18}", count):
-        return {"prompt_set": name, "prompts": int(count)}
-    return {"prompt_file": Path(given)}
+    name, colon, count = given.partition(":")
+    if name not in BENCHMARKS:
+        return {"prompt_file": Path(given)}
+    most = BENCHMARKS[name].count
+    wanted = count if colon else str(most)
+    if not re.fullmatch(r"[0-9]{1,18}", wanted) or not 1 <= int(wanted) <= most:
+        raise UsageError(
+            f"--prompts is '{given}'; {name} takes a whole number from 1 to {most} after the colon."
+        )
+    return {"prompt_set": name, "prompts": int(wanted)}

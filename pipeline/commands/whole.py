@@ -80,8 +80,8 @@ def run(
         write_json(json_file, report.to_json())
     print_tables(
         parity_table(report.parity),
-        decode_table(report.decode, outcome.pairs, outcome.prompts.title, chosen.temperature),
-        time_table(outcome.pairs),
+        decode_table(report.decode, outcome.answers, outcome.prompts.title, chosen.temperature),
+        time_table(outcome.answers),
         head_table(report.head),
     )
     verdict(outcome)

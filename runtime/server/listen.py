@@ -9,9 +9,12 @@ from __future__ import annotations
 import asyncio
 import copy
 import logging
+import signal
 import socket
+import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +88,7 @@ def open_socket(host: str, port: int) -> socket.socket:
 
 
 def serve(engine_dir: str | Path, settings: ServerSettings) -> None:
-    """Serve an engine folder until SIGINT or SIGTERM. Raises UsageError or MissingError."""
+    """Serve an engine folder, as `run` does. Raises UsageError or MissingError."""
     from runtime.generator import Generator  # heavy
 
     with open_socket(settings.host, settings.port) as listener:  # first: loading takes longer
@@ -97,11 +100,26 @@ def serve(engine_dir: str | Path, settings: ServerSettings) -> None:
 
 
 def run(generator: Generator, settings: ServerSettings, listener: socket.socket) -> None:
-    """Serve a Generator on a listening socket until SIGINT or SIGTERM."""
+    """Serve a Generator on a listening socket until SIGTERM or SIGINT; the latter ends in
+    KeyboardInterrupt, after the same shutdown.
+    """
     server = make_server(create_app(generator, settings))
     _announce(listener, settings)
-    with suppress(KeyboardInterrupt):  # uvicorn raises it again after its shutdown
+    with _harmless_term():
         server.run(sockets=[listener])
+
+
+@contextmanager
+def _harmless_term() -> Iterator[None]:
+    """uvicorn raises the signal that ended it again when it is done: SIGTERM must not kill then."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda _number, _frame: None)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _announce(listener: socket.socket, settings: ServerSettings) -> None:

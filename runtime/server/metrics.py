@@ -141,7 +141,7 @@ class RequestRecord:
             deepest = max(self._round_tokens, default=1)
             accepted = [sum(n > d for n in self._round_tokens) for d in range(1, deepest)]
         else:
-            accepted = [round(share * rounds) for share in completion.acceptance_by_depth]
+            accepted = completion.accepted_at
             metrics.tau.observe(completion.tau)
         for depth, count in enumerate(accepted, start=1):
             metrics.accepted.labels(depth).inc(count)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any, Self
 
 from pydantic import (
@@ -50,15 +51,20 @@ class ServerSettings(BaseModel):
     cors_origins: tuple[str, ...] = ()  # none: browsers of other origins are refused
 
     @classmethod
-    def from_options(cls, **options: Any) -> Self:
-        """Settings from a command line's values. Raises UsageError that names the first mistake."""
+    def from_options(cls, called: Mapping[str, str] | None = None, **options: Any) -> Self:
+        """Settings from a caller's values. Raises UsageError that names the first mistake, by what
+        the setting is `called` on a command line where that says so.
+        """
         try:
             return cls(**options)
         except ValidationError as error:
             first = error.errors(include_input=False)[0]
             place = ".".join(str(part) for part in first["loc"])
             reason = first["msg"].removeprefix("Value error, ")
-            raise UsageError(f"the server setting {place} is wrong: {reason}.") from None
+            name = (called or {}).get(place, f"the server setting {place}")
+            value = "wrong" if place == "api_key" else repr(options.get(place))
+            reason = reason.removeprefix("Input ")
+            raise UsageError(f"{name} is {value}: it {reason[:1].lower()}{reason[1:]}.") from None
 
     @model_validator(mode="before")
     @classmethod

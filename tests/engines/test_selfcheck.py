@@ -11,6 +11,7 @@ import pytest
 from drafter.errors import CheckFailed
 from engines.backends import find_backend, read_engine
 from engines.selfcheck import self_check
+from export.contract import GRAPHS
 from tests.engines.conftest import Source
 from tests.engines.damage import scale_weight
 
@@ -20,7 +21,7 @@ def check(source: Source, folder: Path) -> None:
     _, manifest = read_engine(folder, verify=False)
     backend = find_backend(manifest.backend)
     target, drafter = copy.deepcopy((source.target, source.drafter))  # int8 checks change them
-    self_check(manifest, lambda: backend.open(manifest, 1), target, drafter)
+    self_check(manifest, lambda: backend.open(manifest, 1, GRAPHS), target, drafter)
 
 
 @pytest.mark.parametrize("kind", ["engine_dir", "int8_dir"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,8 @@ from drafter.config import drafter_config_for
 from drafter.families import read_target_config
 from drafter.start import start_drafter
 from drafter.tokenizer import vocabulary_sha256
+from engines import build_engines
+from export.model import export_model
 from tests.pipeline.command import Result, run_command
 
 PROMPTS = ("The target checks what", "def fibonacci(n: int)", "A tree of tokens is drafted")
@@ -26,14 +29,11 @@ def tiny_drafter_dir(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFact
     return write_tiny_drafter(folder, tiny_llama_dir)
 
 
-def write_tiny_drafter(folder: Path, target_dir: Path) -> Path:
-    """A random low-rank drafter of a target."""
+def write_tiny_drafter(folder: Path, target_dir: Path, **changes: Any) -> Path:
+    """A random drafter of a target, low-rank unless `changes` to its config say otherwise."""
     target = load_target(target_dir)
-    config = drafter_config_for(
-        read_target_config(target_dir),
-        rescore=16,
-        tokenizer_sha256=vocabulary_sha256(target_dir / "tokenizer.json"),
-    )
+    fields = {"rescore": 16, "tokenizer_sha256": vocabulary_sha256(target_dir / "tokenizer.json")}
+    config = drafter_config_for(read_target_config(target_dir), **(fields | changes))
     with write_artifact(folder, "drafter", "tiny", {}, {}, {}) as out:
         save_drafter(start_drafter(config, target, head_init="random"), out)
     return folder
@@ -93,6 +93,26 @@ def run_arguments(target: Path, drafter: Path, prompts: Path, report: Path) -> l
         "--threads=1",
         f"--json={report}",
     ]
+
+
+def build_tiny_engine(folder: Path, target_dir: Path, **changes: Any) -> Path:
+    """The engine of a target with a random drafter, in `folder`/engine."""
+    drafter = write_tiny_drafter(folder / "drafter", target_dir, **changes)
+    export_model(target_dir, drafter, folder / "export")
+    build_engines(folder / "export", folder / "engine", threads=1)
+    return folder / "engine"
+
+
+@pytest.fixture(scope="session")
+def three_engines(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """One target with three drafters: rescored, without rescoring, and of other taps; read only."""
+    folder = tmp_path_factory.mktemp("three")
+    variants: dict[str, dict[str, Any]] = {
+        "rescored": {},
+        "plain": {"rescore": 0, "top_k": 16},
+        "taps": {"taps": (1, 3, 5)},
+    }
+    return [build_tiny_engine(folder / n, tiny_llama_dir, **c) for n, c in variants.items()]
 
 
 @pytest.fixture

@@ -29,6 +29,9 @@ COMMANDS = (
 )
 
 
+MODULES = {"generate": "decoding", "corpus": "learning"}
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_an_example(command: str) -> None:
     result = run_command(command, "--help")
@@ -77,6 +80,20 @@ def test_version_as_text_and_as_json() -> None:
     found = run_command("version", "--json").json
     assert run_command("version").out == f"slimspec {found['slimspec']}\n"
     assert {"slimspec", "python", "torch", "onnxruntime"} <= set(found)
+
+
+@pytest.mark.parametrize(("command", "goes_on"), [("generate", False), ("corpus", True)])
+def test_only_commands_that_keep_something_say_that_they_go_on(
+    command: str, goes_on: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"pipeline.commands.{MODULES[command]}.options", interrupted)
+    result = run_command(command, "--prompt=Hi" if command == "generate" else "--count=3")
+    assert result.code == 130
+    assert result.last_line.startswith("interrupted")
+    assert ("run the same command again" in result.last_line) == goes_on
 
 
 def test_a_full_disk_behind_standard_output_is_one_sentence() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.reports import DoctorReport, ParityReport, RunReport
+from pipeline.reports import DoctorReport, EvaluateReport, ParityReport, RunReport
 from tests.pipeline.command import run_command
 from tests.pipeline.test_cli import COMMANDS
 
@@ -68,10 +68,11 @@ def examples() -> list[dict[str, object]]:
         (RunReport, "seconds_by_stage"),
         (ParityReport, "first_divergence"),
         (DoctorReport, "problems"),
+        (EvaluateReport, "comparisons"),
     ],
 )
 def test_the_examples_of_the_json_page_fit_their_models(
-    model: type[RunReport | ParityReport | DoctorReport], key: str
+    model: type[RunReport | ParityReport | DoctorReport | EvaluateReport], key: str
 ) -> None:
     (example,) = [found for found in examples() if key in found]
     assert set(model.model_validate(example).to_json()) == set(example)

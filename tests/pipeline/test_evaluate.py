@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pipeline.evaluate import Pair, decode_rate, spread, summarise
+from pipeline.evaluate import spread, summarise
+from pipeline.measure import Answer, decode_rate
 from pipeline.prompts import Prompt
-from runtime.generator import Completion
+from pipeline.reports import DecodeReport
+from runtime.generator import Completion, Generator
 from runtime.stats import Timings
 from tests.pipeline.command import assert_refused, run_command
+
+TREES = ("default", "chain")
 
 
 def completion(tokens: list[int], rounds: int, seconds: float, depths: list[float]) -> Completion:
@@ -30,10 +36,10 @@ def completion(tokens: list[int], rounds: int, seconds: float, depths: list[floa
     )
 
 
-def pair(tokens: int, rounds: int, plain_s: float, fast_s: float, depths: list[float]) -> Pair:
+def pair(tokens: int, rounds: int, plain_s: float, fast_s: float, depths: list[float]) -> Answer:
     ids = list(range(tokens))
     plain = completion(ids, tokens - 1, plain_s, [])
-    return Pair(Prompt("p", "text"), plain, completion(ids, rounds, fast_s, depths))
+    return Answer(Prompt("p", "text"), 0, (completion(ids, rounds, fast_s, depths),), plain)
 
 
 def test_the_decode_rate_leaves_out_the_prompt_and_its_token() -> None:
@@ -74,7 +80,7 @@ def test_the_speedup_is_the_median_of_the_prompts_own_ratios() -> None:
 
 def test_different_tokens_are_not_identical() -> None:
     same = pair(tokens=5, rounds=2, plain_s=1.0, fast_s=1.0, depths=[])
-    other = Pair(same.prompt, completion([9, 9, 9, 9, 9], 4, 1.0, []), same.speculative)
+    other = Answer(same.prompt, 0, same.fast, completion([9, 9, 9, 9, 9], 4, 1.0, []))
     report = summarise([same, other])
     assert (report.identical, report.prompts) == (1, 2)
 
@@ -102,6 +108,117 @@ def test_evaluate_prints_the_decode_object_and_details_per_prompt(
     rows = [json.loads(line) for line in details.read_text().splitlines()]
     assert [row["prompt"] for row in rows] == ["line 1", "line 2", "line 3"]
     assert all(row["identical"] and row["tau"] >= 1.0 for row in rows)
+
+
+def evaluated(*arguments: object) -> Any:
+    result = run_command("evaluate", *arguments, "--max-tokens=6", "--threads=1", "--json")
+    assert result.code == 0, result.err
+    return result.json
+
+
+def test_the_json_keeps_its_first_keys_and_adds_intervals(
+    built_cache: Path, prompt_file: Path
+) -> None:
+    found = evaluated(f"--prompts={prompt_file}")
+    assert set(DecodeReport.model_fields) < set(found)
+    (comparison,) = found["comparisons"]
+    (way,) = comparison["ways"]
+    assert way["tau"]["value"] == pytest.approx(found["tau"])
+    assert way["tau"]["low"] <= way["tau"]["value"] <= way["tau"]["high"]
+    assert [a["value"] for a in way["acceptance"]] == pytest.approx(found["acceptance_by_depth"])
+    assert way["speedup"]["value"] == pytest.approx(found["speedup"])
+    assert way["tau_ratio"] is way["speed_ratio"] is None  # nothing to compare with
+    assert comparison["plain_tok_s"]["value"] == pytest.approx(found["plain_tok_s"])
+
+
+def test_drafters_trees_sets_and_temperatures_all_in_one_run(
+    three_engines: list[Path], prompt_file: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"prompt": "Another"}\n{"prompt": "And one more"}\n')
+    details = tmp_path / "details.jsonl"
+    found = evaluated(
+        *(f"--engine={folder}" for folder in three_engines[:2]),
+        *("--tree=default", "--tree=chain", "--temperature=0", "--temperature=1"),
+        *(f"--prompts={prompt_file}", f"--prompts={other}", "--seeds=2", "--no-plain"),
+        f"--details={details}",
+    )
+    shown = [(c["prompts"], c["temperature"], c["seeds"]) for c in found["comparisons"]]
+    sets = [str(prompt_file), str(other)]
+    assert shown == [(s, t, [0, 1][: 1 + int(t)]) for t in (0.0, 1.0) for s in sets]
+    for comparison in found["comparisons"]:
+        names = [way["name"] for way in comparison["ways"]]
+        assert names == [f"{n}/engine, {t}" for n in ("rescored", "plain") for t in TREES]
+        assert comparison["plain_tok_s"] is None
+        assert all(way["speedup"] is None for way in comparison["ways"])
+        assert all(way["tau_ratio"]["value"] > 0 for way in comparison["ways"][1:])
+    assert found["identical"] is None  # the first has nothing to be compared with
+    assert [way["identical"] for way in found["comparisons"][0]["ways"][1:]] == [3, 3, 3]
+    assert len(details.read_text().splitlines()) == 4 * (3 + 2 + 2 * (3 + 2))
+
+
+def test_greedy_texts_that_differ_between_drafters_fail(
+    three_engines: list[Path], prompt_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without plain decoding the first drafter is what the others are held to."""
+    honest = Generator.generate
+    asked = []
+
+    def generate(self: Generator, prompt: Any, **more: Any) -> Completion:
+        asked.append(more)
+        found = honest(self, prompt, **more)
+        return replace(found, token_ids=[1]) if len(asked) == 4 else found
+
+    monkeypatch.setattr(Generator, "generate", generate)
+    engines = [f"--engine={folder}" for folder in three_engines[:2]]
+    arguments = (*engines, f"--prompts={prompt_file}", "--max-tokens=6", "--no-plain")
+    result = run_command("evaluate", *arguments)
+    assert result.code == 1
+    assert "1 of 3 speculative texts differ" in result.last_line
+
+
+def test_several_drafters_are_tables_with_a_row_each(
+    three_engines: list[Path], prompt_file: Path
+) -> None:
+    engines = [f"--engine={folder}" for folder in three_engines[:2]]
+    result = run_command("evaluate", *engines, f"--prompts={prompt_file}", "--max-tokens=4")
+    assert result.code == 0, result.err
+    assert "tau / first" in result.out
+    assert "speed-up" in result.out
+    assert "accepted at depth 1, 2" in result.out
+    rows = [line for line in result.out.splitlines() if line.startswith("│")]
+    assert sum("rescored" in row for row in rows) == sum("plain" in row for row in rows) == 2
+
+
+def test_one_drafter_on_several_sets_is_a_row_for_each(
+    built_cache: Path, prompt_file: Path
+) -> None:
+    asked = [f"--prompts={prompt_file}", "--temperature=0", "--temperature=1"]
+    result = run_command("evaluate", *asked, "--max-tokens=4", "--threads=1")
+    assert result.code == 0, result.err
+    shown = " ".join(result.out.split())
+    assert "One drafter" in shown
+    assert "3 of 3" in shown
+    assert "drawn" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--tree=bush"], ("--tree", "'bush'", "'chain'")),
+        (["--seeds=0"], ("--seeds", "0")),
+        (["--threads=0"], ("--threads", "0")),
+        (["--temperature=0", "--temperature=-1"], ("--temperature", "-1")),
+        (["--prompts=mt-bench", "--prompts=gsm8k:x"], ("gsm8k:x", "1 to 1319")),
+        (["--prompts=gsm8k:0"], ("gsm8k:0", "1 to 1319")),
+        (["--prompts=gsm8k:1320"], ("gsm8k:1320", "1 to 1319")),
+        (["--prompts=mt-bench:"], ("mt-bench:", "1 to 80")),
+    ],
+)
+def test_bad_options_are_refused_before_an_engine_is_looked_for(
+    cache: Path, arguments: list[str], words: tuple[str, ...]
+) -> None:
+    assert_refused(run_command("evaluate", *arguments), 2, *words)
 
 
 def test_evaluate_without_json_prints_tables(built_cache: Path, prompt_file: Path) -> None:

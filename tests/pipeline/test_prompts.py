@@ -12,7 +12,7 @@ import pytest
 from drafter.artifact import sha256_file
 from drafter.errors import MissingError, UsageError
 from pipeline.commands.options import prompts as chosen_prompts
-from pipeline.prompt_sets import BENCHMARKS, benchmark_prompts, refuse_benchmarks
+from pipeline.prompt_sets import BENCHMARKS, benchmark_prompts
 from pipeline.prompts import own_prompts, read_prompts
 
 CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "history")
@@ -120,26 +120,19 @@ def test_a_number_of_prompts_that_there_is_not_is_refused(count: int) -> None:
         benchmark_prompts("mt-bench", count)
 
 
-def test_what_measures_drafters_may_not_train_them(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Line breaks and blanks do not hide a prompt; a set that is not here cannot be compared."""
-    refuse_benchmarks(["writing 3"], "corpus.jsonl")
-    cached(cache, monkeypatch, "mt-bench", MT_BENCH)
-    cached(cache, monkeypatch, "humaneval", [{"task_id": "H/0", "prompt": "def f():\n    pass"}])
-    refuse_benchmarks(["writing 33"], "corpus.jsonl")
-    for text, what in (("writing \n 3", "writing-3 of mt-bench"), ("def f(): pass", "H/0 of hum")):
-        with pytest.raises(UsageError, match=f"corpus.jsonl: prompt 2 is {what}"):
-            refuse_benchmarks(["something else", text], "corpus.jsonl")
-
-
 def test_prompts_are_a_number_a_set_or_a_file() -> None:
     assert chosen_prompts(None) == {}
     assert chosen_prompts("12") == {"prompts": 12}
     assert chosen_prompts("gsm8k") == {"prompt_set": "gsm8k", "prompts": 1319}
     assert chosen_prompts("humaneval:7") == {"prompt_set": "humaneval", "prompts": 7}
-    for name in ("mine.jsonl", "humaneval:x", "./gsm8k"):
+    for name in ("mine.jsonl", "mine:3", "./gsm8k:x"):
         assert chosen_prompts(name) == {"prompt_file": Path(name)}
+
+
+@pytest.mark.parametrize("given", ["gsm8k:x", "gsm8k:", "gsm8k:0", "gsm8k:-1", "gsm8k:1320"])
+def test_a_set_with_a_number_it_has_not_is_refused_and_is_no_file(given: str) -> None:
+    with pytest.raises(UsageError, match=rf"--prompts is '{given}'; .* from 1 to 1319"):
+        chosen_prompts(given)
 
 
 def test_our_own_prompts_need_no_download_and_say_what_they_are() -> None:

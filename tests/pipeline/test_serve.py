@@ -10,6 +10,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.pipeline.command import command_line, environment
 
 
@@ -21,7 +23,13 @@ def ask(url: str, body: dict[str, Any]) -> Any:
         return json.load(answer)
 
 
-def test_the_last_engine_is_served_until_ctrl_c(built_cache: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "code", "last"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 0, "INFO")]
+)
+def test_the_last_engine_is_served_until_a_signal(
+    built_cache: Path, number: signal.Signals, code: int, last: str
+) -> None:
+    """Ctrl-C ends it as it ends every command; SIGTERM is how a service is stopped."""
     process = subprocess.Popen(
         command_line("serve", "--port=0", "--threads=1", "--model-name=tiny"),
         stdout=subprocess.PIPE,
@@ -45,9 +53,11 @@ def test_the_last_engine_is_served_until_ctrl_c(built_cache: Path) -> None:
         }
         answer = ask(f"{found.group()}/v1/chat/completions", body)
         assert 1 <= answer["usage"]["completion_tokens"] <= 5
-        process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=60)
-        assert process.returncode == 0
+        process.send_signal(number)
+        out, errors = process.communicate(timeout=60)
+        assert process.returncode == code
         assert out == ""
+        assert errors.splitlines()[-1].startswith(last)
+        assert "Traceback" not in errors
     finally:
         process.kill()

@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from http.client import HTTPConnection
 from typing import Any
@@ -285,10 +286,21 @@ class TestShutdown:
             assert not server.service.worker.alive
             assert generator.active == 0
 
-    def test_ctrl_c_finishes_the_answer_and_returns(
-        self, generator: ValvedGenerator, pool: ThreadPoolExecutor
+    @pytest.mark.parametrize(
+        ("number", "ends"),
+        [(signal.SIGINT, pytest.raises(KeyboardInterrupt)), (signal.SIGTERM, nullcontext())],
+        ids=["SIGINT", "SIGTERM"],
+    )
+    def test_a_signal_finishes_the_answer_and_ends_the_server(
+        self,
+        generator: ValvedGenerator,
+        pool: ThreadPoolExecutor,
+        number: signal.Signals,
+        ends: AbstractContextManager[object],
     ) -> None:
-        """In the main thread, as `serve` runs it: a signal to this process, and no exception."""
+        """In the main thread, as `serve` runs it: a signal to this process. Only Ctrl-C is an
+        exception, and handlers are as they were.
+        """
         generator.valve.close()
         listener = open_socket("127.0.0.1", 0)
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -297,12 +309,15 @@ class TestShutdown:
 
         def interrupt() -> None:
             wait_until(lambda: generator.valve.blocked)
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
             wait_until(lambda: httpx.get(f"{url}/health/ready").status_code == 503)
             generator.valve.open()
 
+        before = signal.getsignal(number)
         pool.submit(interrupt)
-        run(generator, ServerSettings(model_name=MODEL), listener)
+        with ends:
+            run(generator, ServerSettings(model_name=MODEL), listener)
+        assert signal.getsignal(number) is before
         assert answer.result().json()["choices"][0]["message"]["content"] == TEXT
         assert generator.active == 0
 

@@ -76,7 +76,7 @@ def continue_texts(
             logits = _feed_tokens(target, cache, texts, keep)
             first = 0
         fed = texts[first:]
-        warm = torch.tensor([temperatures[text.index] for text in fed])
+        warm = torch.tensor([temperatures[text.index] for text in fed], device=logits.device)
         tokens = choose(logits.float(), warm, generator).tolist()
         for text, token in zip(fed, tokens, strict=True):
             text.answer.append(token)
@@ -92,7 +92,8 @@ def choose(logits: Tensor, temperatures: Tensor, generator: torch.Generator) -> 
     shifted = logits[warm] - logits[warm].max(-1, keepdim=True).values  # before a tiny temperature
     law = torch.softmax(shifted / temperatures[warm, None], dim=-1)
     sums = law.cumsum(-1, dtype=torch.float64)  # [W, V]
-    drawn = torch.rand(len(sums), 1, dtype=torch.float64, generator=generator) * sums[:, -1:]
+    dice = torch.rand(len(sums), 1, dtype=torch.float64, generator=generator)  # on the CPU
+    drawn = dice.to(sums.device) * sums[:, -1:]
     places = torch.searchsorted(sums, drawn, right=True).squeeze(1)  # never a token of no mass
     tokens[warm] = places.clamp(max=logits.shape[-1] - 1)
     return tokens
@@ -119,12 +120,14 @@ def _feed_prompts(
     """Prompts into rows `first` and on, right-padded; returns the last logits [N, V]."""
     lengths = [len(text.prompt) for text in texts]
     count, longest = len(texts), max(lengths)
+    device = target.norm.weight.device
     ids = torch.zeros(count, longest, dtype=torch.int64)
     for row, text in enumerate(texts):
         ids[row, : lengths[row]] = torch.tensor(text.prompt)
     past = target.empty_past(count)
-    positions = torch.arange(longest).expand(count, longest)
-    output = target(ids, positions, causal_mask(count, longest), past, past)
+    positions = torch.arange(longest, device=device).expand(count, longest)
+    mask = causal_mask(count, longest, device=device)
+    output = target(ids.to(device), positions, mask, past, past)
     split = (count, longest, target.config.num_kv_heads, target.config.head_dim)
     rows = slice(first, first + count)
     for blocks, new in ((cache.keys, output.new_keys), (cache.values, output.new_values)):
@@ -134,15 +137,19 @@ def _feed_prompts(
         for row, text in enumerate(texts):
             taps, states = output.taps[row, : lengths[row]], output.states[row, : lengths[row]]
             text.seen.append(Sight(taps.clone(), states.clone(), likeliest(target.logits(states))))
-    return target.logits(output.states[torch.arange(count), torch.tensor(lengths) - 1])
+    last = torch.tensor(lengths, device=device) - 1
+    return target.logits(output.states[torch.arange(count, device=device), last])
 
 
 def _feed_tokens(target: TargetDecoder, cache: _Cache, texts: list[Text], keep: bool) -> Tensor:
     """The last token of every text, each at its own place; returns logits [N, V]."""
-    places = torch.tensor([len(text.prompt) + len(text.answer) - 1 for text in texts])  # [N]
-    x = target.embed_tokens(torch.tensor([text.answer[-1] for text in texts]))[:, None]  # [N, 1, H]
+    device = target.norm.weight.device
+    lengths = [len(text.prompt) + len(text.answer) for text in texts]
+    places = torch.tensor(lengths, device=device) - 1  # [N]
+    said = torch.tensor([text.answer[-1] for text in texts], device=device)
+    x = target.embed_tokens(said)[:, None]  # [N, 1, H]
     cos, sin = rope_tables(target.inverse, places[:, None])
-    columns = torch.arange(int(places.max()) + 1)
+    columns = torch.arange(max(lengths), device=device)
     mask = (columns <= places[:, None])[:, None, None]  # [N, 1, 1, S]
     taps = {}
     for i, layer in enumerate(target.layers):
@@ -175,7 +182,7 @@ def _layer(
     attention = layer.self_attn
     count, _, columns = len(places), *mask.shape[2:]
     q, key, value = attention.project(layer.input_layernorm(x), cos, sin)
-    rows = torch.arange(count)
+    rows = torch.arange(count, device=x.device)
     heads = (count, attention.num_kv_heads, -1, attention.head_dim)
     keys[rows, :, places] = key.view(heads)[:, :, 0]
     values[rows, :, places] = value.view(heads)[:, :, 0]

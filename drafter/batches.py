@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,11 @@ class Batch:
     likeliest: Tensor
     places: Tensor
     owners: Tensor | None = None
+
+    def on(self, device: torch.device) -> Batch:
+        """The batch on a device."""
+        tensors: dict[str, Any] = {name: t for name, t in vars(self).items() if t is not None}
+        return Batch(**{name: t.to(device) for name, t in tensors.items()})
 
 
 def shuffled(count: int, seed: int, epoch: int) -> tuple[list[int], torch.Generator]:

@@ -91,6 +91,28 @@ class Drafter(nn.Module):
         self.register_buffer("inverse", inverse, persistent=False)
         self.inverse: Tensor
 
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self.norm.weight.device
+
+    def place(self, device: torch.device | str) -> Drafter:
+        """Move everything to a device, the target's shared tensors too, each of them once."""
+        self.to(device)
+        moved: dict[int, Tensor] = {}
+        for held in (self.target_embedding, self.target_rows, self._head_rows()):
+            for i, tensor in enumerate(held):
+                place = tensor.data_ptr()  # several views of the same memory
+                if place not in moved:
+                    moved[place] = tensor.to(device)
+                held[i] = moved[place]
+        return self
+
+    def _head_rows(self) -> list[Tensor]:
+        """The list in which a head holds the target's rows; an empty one for heads without."""
+        found: list[Tensor] = getattr(self.lm_head, "target_rows", [])
+        return found
+
     def embed(self, input_ids: Tensor) -> Tensor:
         """Token ids [B, T] -> the target's embeddings [B, T, Ht]."""
         return F.embedding(input_ids, self.target_embedding[0])

@@ -141,7 +141,7 @@ def chunked_loss(
     teacher_scores: Tensor,
     log_weight: Tensor,
     objective: Objective,
-    chunk: int = 32,
+    chunk: int | None = None,
     whole: Whole = ALL,
     kept: Tensor | None = None,
 ) -> tuple[Tensor, list[float]]:
@@ -151,6 +151,7 @@ def chunked_loss(
     N = 0 gives zeros.
     """
     count = whole.size(len(teacher_scores))
+    chunk = chunk or rows_at_a_time(teacher_scores, 32)
     means = [0.0] * len(scores)
     if objective.loss.uses_alpha:
         sums = [0.0] * len(scores)
@@ -164,6 +165,11 @@ def chunked_loss(
     return value, [total / count for total in found]
 
 
+def rows_at_a_time(states: Tensor, on_cpu: int) -> int:
+    """How many rows a chunk has: few on a CPU, so that they stay in its cache, many elsewhere."""
+    return on_cpu if states.device.type == "cpu" else 32 * on_cpu
+
+
 def parts(count: int, chunk: int) -> list[slice]:
     """Row ranges of at most `chunk`."""
     return [slice(i, min(i + chunk, count)) for i in range(0, count, chunk)]
@@ -171,9 +177,13 @@ def parts(count: int, chunk: int) -> list[slice]:
 
 @torch.no_grad()
 def alpha_sums(
-    scores: Sequence[Tensor], teacher_scores: Tensor, log_weight: Tensor, chunk: int = 32
+    scores: Sequence[Tensor],
+    teacher_scores: Tensor,
+    log_weight: Tensor,
+    chunk: int | None = None,
 ) -> list[float]:
     """Sum of alpha over the N rows for every draft step."""
+    chunk = chunk or rows_at_a_time(teacher_scores, 32)
     sums = [0.0] * len(scores)
     for part in parts(len(teacher_scores), chunk):
         log_p = log_law(teacher_scores[part], log_weight)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drafter.head_loss import ALL, Objective, Whole, chunk_gradients, log_law, parts
+from drafter.head_loss import ALL, Objective, Whole, chunk_gradients, log_law, parts, rows_at_a_time
 from drafter.losses import Laws, alpha
 
 Score = Callable[[Tensor], Tensor]
@@ -49,7 +49,7 @@ def lean_loss(
     teacher: Tensor,
     scoring: Scoring,
     objective: Objective,
-    chunk: int = 64,
+    chunk: int | None = None,
     whole: Whole = ALL,
 ) -> tuple[Tensor, list[float]]:
     """K head inputs [N, H] and teacher states [N, Ht] -> the loss and the K mean alphas.
@@ -57,6 +57,7 @@ def lean_loss(
     Of a part of a `whole`, as in `chunked_loss`.
     """
     count = whole.size(len(teacher))
+    chunk = chunk or rows_at_a_time(teacher, 64)
     means = [0.0] * len(inputs)
     if objective.loss.uses_alpha:
         sums = [0.0] * len(inputs)
@@ -72,9 +73,10 @@ def lean_loss(
 
 @torch.no_grad()
 def lean_alpha_sums(
-    inputs: Sequence[Tensor], teacher: Tensor, scoring: Scoring, chunk: int = 64
+    inputs: Sequence[Tensor], teacher: Tensor, scoring: Scoring, chunk: int | None = None
 ) -> list[float]:
     """Sum of alpha over the N rows for every draft step."""
+    chunk = chunk or rows_at_a_time(teacher, 64)
     sums = [0.0] * len(inputs)
     for part in parts(len(teacher), chunk):
         scores = [scoring.drafter(h[part]) for h in inputs]

@@ -22,6 +22,10 @@ class Rows(NamedTuple):
     ids: Tensor
     log_weight: Tensor
 
+    def on(self, device: torch.device) -> Rows:
+        """The rows on a device; they are drawn on the CPU, so that every device has the same."""
+        return Rows(self.ids.to(device), self.log_weight.to(device))
+
 
 def all_rows(vocab_size: int) -> Rows:
     """Every row, each standing for itself."""

@@ -40,7 +40,7 @@ def full(tensor: Tensor) -> Tensor:
 
 
 def like(reference: Tensor, tensor: Tensor) -> Tensor:
-    """A whole tensor cut as `reference` is."""
+    """A whole tensor cut as `reference` is, on its device."""
     if not isinstance(reference, DTensor):
-        return tensor
+        return tensor.to(reference.device)
     return distribute_tensor(tensor, reference.device_mesh, reference.placements)

@@ -86,14 +86,15 @@ class PartLoss(nn.Module):
         return torch.bfloat16 if self.config.precision == "bf16" else torch.float32
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.config.precision == "bf16")
+        kind, half = self.drafter.device.type, self.config.precision == "bf16"
+        return torch.autocast(kind, dtype=torch.bfloat16, enabled=half)
 
     def _draft(self, batch: Batch | None) -> tuple[list[Tensor], Tensor]:
         """Unrolled head inputs (K times [N, H]) and teacher states [N, Ht]."""
         shape, steps = self.drafter.config, self.config.draft_steps
         if batch is None:
-            none = torch.zeros(0, shape.hidden_size)
-            return [none] * steps, torch.zeros(0, shape.target_hidden_size)
+            none = torch.zeros(0, shape.hidden_size, device=self.drafter.device)
+            return [none] * steps, none.new_zeros(0, shape.target_hidden_size)
         rows, positions = supervised_positions(batch.mask, steps, batch.places)
         states = unroll_batch(self.drafter, batch, steps)
         drafted = [
@@ -218,10 +219,11 @@ def _gradients(
         together = [document for part in batch for document in part]
         count = sum(supervised_count(document.mask, config.draft_steps) for document in together)
         rows = step_rows(together, learner.drafter.config.vocab_size, config, step)
+        rows = rows.on(learner.drafter.device)
     whole = Whole(share, count, _mean_alphas(learner, batch, rows, count, clock))
     sums = [0.0] * (1 + config.draft_steps)
     for documents in batch:
-        mine = _batch(share.of(documents), config, clock)
+        mine = _batch(share.of(documents), learner, clock)
         with clock.part("forward_backward"):
             part, alphas = learner.part(mine, rows, whole)
             if part.requires_grad:  # a process without documents has nothing to add
@@ -243,18 +245,19 @@ def _mean_alphas(
         return None
     sums = [0.0] * config.draft_steps
     for documents in batch:
-        mine = _batch(share.of(documents), config, clock)
+        mine = _batch(share.of(documents), learner, clock)
         with clock.part("forward_backward"):
             found = learner.part.alpha_sums(mine, rows)
         sums = [a + b for a, b in zip(sums, found, strict=True)]
     return [total / max(count, 1) for total in share.sums(sums)]
 
 
-def _batch(documents: Sequence[Captured], config: TrainConfig, clock: Clock) -> Batch | None:
+def _batch(documents: Sequence[Captured], learner: Learner, clock: Clock) -> Batch | None:
     if not documents:
         return None
     with clock.part("data"):
-        return pack(documents) if config.packing else collate(documents)
+        batch = pack(documents) if learner.config.packing else collate(documents)
+        return batch.on(learner.drafter.device)
 
 
 def step_rows(

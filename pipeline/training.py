@@ -115,6 +115,11 @@ def _check_surroundings(options: TrainOptions, share: Share) -> None:
             "--shard needs several processes, there is one; start them with "
             "`torchrun --nproc-per-node N -m pipeline -- train --shard ...`."
         )
+    if share.count > 1 and options.device != "cpu":
+        raise UsageError(
+            f"--device is {options.device} and there are {share.count} processes; several learn on "
+            "CPUs only: give --device cpu, or start one process."
+        )
     if options.tensorboard is not None:
         require_tensorboard()
 
@@ -170,7 +175,7 @@ def _trained(
     drafter = _train(teacher, config, options, training, documents, draft_ids, run, share)
     if share.first:
         data["acceptance"] = _measure(drafter, held_out, training.draft_steps)
-        data["training"] = _speed(run)
+        data["training"] = {**_speed(run), "device": options.device}
     return drafter, data
 
 
@@ -234,6 +239,7 @@ def _train(
     from drafter.training import train
 
     drafter = _fresh(teacher, config, options, documents, draft_ids, training.seed)
+    drafter.place(options.device)
     folder = options.tensorboard if share.first else None
     with progress("train") as tell, tensorboard(folder) as show:
 
@@ -241,7 +247,8 @@ def _train(
             tell(line(step), step.step / step.steps)
             show(step)
 
-        return train(drafter, documents, training, run, report, share=share, sharded=options.shard)
+        found = train(drafter, documents, training, run, report, share=share, sharded=options.shard)
+    return found.place("cpu")
 
 
 def _fresh(

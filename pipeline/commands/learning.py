@@ -397,7 +397,8 @@ def train(
         str | None,
         o.option(
             "--device",
-            help="Where the target looks at the corpus: cpu, cuda or cuda:N.",
+            help="Where the target looks at the corpus and the drafter learns: cpu, cuda or "
+            "cuda:N.",
             default=default(TrainOptions, "device"),
         ),
     ] = None,

@@ -14,6 +14,7 @@ from drafter.losses import LOSSES
 class TrainConfig(BaseModel):
     """Everything a run depends on besides its data. Unknown keys are refused.
 
+    `steps`, where it is given, ends the run, not `epochs`.
     `batch_tokens` are those of a micro-batch, `accumulate` how many of them make a step. `ema`: the
     decay of the weights' running mean, which becomes the drafter; 0: none. `supervise`: "all"
     teaches the prompts' tokens too, which is right where the target wrote them.
@@ -21,6 +22,7 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     epochs: int = Field(10, gt=0)
+    steps: int | None = Field(None, gt=0)
     batch_tokens: int = Field(4096, gt=0)
     packing: bool = False
     accumulate: int = Field(1, gt=0)

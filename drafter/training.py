@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -37,13 +38,17 @@ Plan = list[list[list[int]]]
 
 
 def batch_plan(config: TrainConfig, lengths: Sequence[int]) -> Plan:
-    """The document numbers of every micro-batch of every step of the whole run."""
+    """The document numbers of every micro-batch of every step of the whole run: of `steps` steps
+    where that is given, however many passes they take.
+    """
     order = packed_order if config.packing else epoch_order
     plan: Plan = []
-    for epoch in range(config.epochs):
+    for epoch in count() if config.steps else range(config.epochs):
         parts = order(lengths, config.batch_tokens, config.seed, epoch)
         plan += [parts[i : i + config.accumulate] for i in range(0, len(parts), config.accumulate)]
-    return plan
+        if not parts or (config.steps and len(plan) >= config.steps):
+            break
+    return plan[: config.steps]
 
 
 def train(

@@ -306,6 +306,10 @@ def train(
         ),
     ] = None,
     epochs: Annotated[int | None, o.option("--epochs", help="Passes.", default="10")] = None,
+    steps: Annotated[
+        int | None,
+        o.option("--steps", help="So many steps, however many passes.", default="of the passes"),
+    ] = None,
     batch_tokens: Annotated[
         int | None, o.option("--batch-tokens", help="Tokens per micro-batch.", default="4096")
     ] = None,
@@ -440,6 +444,7 @@ def train(
 
     training = {
         "epochs": epochs,
+        "steps": steps,
         "batch_tokens": batch_tokens,
         "accumulate": accumulate,
         "packing": packing,

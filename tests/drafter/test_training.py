@@ -23,7 +23,7 @@ from drafter.run_state import load_state, save_state
 from drafter.start import start_drafter
 from drafter.train_config import TrainConfig, learning_rate
 from drafter.train_log import StepReport, read_log
-from drafter.training import train, with_prompt
+from drafter.training import batch_plan, train, with_prompt
 from tests.tiny_drafter import VOCAB, tiny_captured, tiny_drafter, tiny_target
 
 TARGET = tiny_target()
@@ -49,6 +49,16 @@ def test_an_epoch_holds_every_document_once_in_batches_of_bounded_size(
     for batch in order:
         assert len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= tokens
     assert order == epoch_order(lengths, tokens, 7, epoch)
+
+
+@pytest.mark.parametrize("steps", [1, 5, 9])
+def test_a_number_of_steps_ends_the_run_wherever_a_pass_ends(steps: int) -> None:
+    """The steps are those of the passes, as many as are asked for."""
+    lengths = [10] * 12
+    fields = FAST | {"batch_tokens": 30}
+    passes = batch_plan(TrainConfig(**fields, epochs=3), lengths)
+    assert len(passes) == 12
+    assert batch_plan(TrainConfig(**fields, epochs=1, steps=steps), lengths) == passes[:steps]
 
 
 def test_supervision_sits_on_response_tokens_that_every_step_can_reach() -> None:

@@ -178,8 +178,9 @@ def _budget(drafter: Drafter, documents: Documents, args: argparse.Namespace) ->
 def _told(report: StepReport) -> None:
     if report.step % 20 == 0 or report.step == report.steps:
         print(
-            f"step {report.step}/{report.steps}, loss {report.loss:.3f}, alpha "
-            f"{' '.join(f'{a:.3f}' for a in report.alpha)}, {report.tokens_per_second:.0f} tokens/s",
+            f"step {report.step}/{report.steps}, loss {report.loss:.3f}, "
+            f"alpha {' '.join(f'{a:.3f}' for a in report.alpha)}, "
+            f"{report.tokens_per_second:.0f} tokens/s",
             flush=True,
         )
 

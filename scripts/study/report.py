@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 from decode import LOSS, decoding_path
 from plots import plot_gain, plot_learning, plot_tau, plot_trade
-from runs import CHAIN, Study
+from runs import CHAIN, Study, read_result
 from texts import SETS, TEMPERATURES
 from variants import DENSE, LOSSES, Variant, heads
 
+from drafter.errors import UsageError
 from drafter.families import read_target_config
 from pipeline.intervals import Estimate, Pooled, difference, pooled, ratio
 
@@ -37,7 +38,7 @@ def write_report(study: Study, chosen: Sequence[Variant], docs: Path) -> None:
         "![tau by head and loss](figures/study-tau.svg)",
         "### LK hybrid against KL\n\n" + _losses_table(results, names),
         "### Starts of the d/8 head (KL)\n\n" + _inits_table(results),
-        "### By prompt set (KL, both seeds)\n\n" + _sets_table(results, names),
+        "### By prompt set (KL, all seeds)\n\n" + _sets_table(results, names),
         "![alpha while training](figures/study-learning.svg)",
     ]
     folder = docs / "figures"
@@ -58,13 +59,22 @@ def write_report(study: Study, chosen: Sequence[Variant], docs: Path) -> None:
 
 
 def read_results(study: Study, chosen: Sequence[Variant]) -> Results:
-    """What was run, grouped over seeds."""
+    """What was run, grouped over seeds. Raises UsageError for results of another study."""
     found: Results = {}
+    made_from = study.made_from()
     for variant in chosen:
         if study.result(variant).exists():
-            row = json.loads(study.result(variant).read_text(encoding="utf-8"))
+            row = read_result(study, variant, made_from)
             found.setdefault((variant.head, variant.loss, variant.init), []).append(row)
+    if not found:
+        raise UsageError(f"{study.out} holds no results; leave --only out, or name `runs` too.")
     return found
+
+
+def common(*groups: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The runs of each group whose seed every group has: only those are compared."""
+    seeds = set.intersection(*({row["seed"] for row in rows} for rows in groups))
+    return [[row for row in rows if row["seed"] in seeds] for rows in groups]
 
 
 def tau_of(
@@ -98,6 +108,8 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _budget(study: Study, results: Results) -> str:
     runs = [row for rows in results.values() for row in rows]
     steps = sorted({row["steps"] for row in runs})
+    if len(steps) > 1:
+        raise UsageError(f"the runs have {steps} steps; they must have the same number.")
     return (
         f"{len(runs)} runs of {steps[0]} steps ({study.tokens:,} tokens, one pass, batches of "
         f"{study.batch_tokens} tokens, peak rate {study.learning_rate:g}); chains of {CHAIN}."
@@ -114,11 +126,18 @@ def _heads_table(results: Results, names: Sequence[str]) -> str:
                 continue
             cells = [name, loss.replace("_", " "), f"{found[0]['parameters'] / 1e6:.2f} M"]
             for temperature in TEMPERATURES:
-                tau = tau_of(found, temperature)
-                cells += [shown(pooled(tau)), shown(ratio(tau, tau_of(dense, temperature)), 3)]
+                cells += [
+                    shown(pooled(tau_of(found, temperature))),
+                    _rho(found, dense, temperature),
+                ]
             rows.append([*cells, _seeds(found)])
     header = ["head", "loss", "weights", "tau T=0", "rho_tau T=0", "tau T=1", "rho_tau T=1"]
     return _table([*header, "tau T=1 by seed"], rows)
+
+
+def _rho(rows: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]], temperature: float) -> str:
+    tau, other = (tau_of(group, temperature) for group in common(rows, base))
+    return shown(ratio(tau, other), 3)
 
 
 def _seeds(rows: Sequence[dict[str, Any]]) -> str:
@@ -134,7 +153,7 @@ def _losses_table(results: Results, names: Sequence[str]) -> str:
             continue
         cells = [name]
         for temperature in TEMPERATURES:
-            kl, hybrid = (tau_of(found, temperature) for found in pair if found is not None)
+            kl, hybrid = (tau_of(rows, temperature) for rows in common(*pair))
             cells += [shown(difference(hybrid, kl), 3), shown(ratio(hybrid, kl), 3)]
         rows.append(cells)
     return _table(["head", "T=0 difference", "T=0 ratio", "T=1 difference", "T=1 ratio"], rows)
@@ -149,8 +168,7 @@ def _inits_table(results: Results) -> str:
             continue
         cells = [init]
         for temperature in TEMPERATURES:
-            tau = tau_of(found, temperature)
-            cells += [shown(pooled(tau)), shown(ratio(tau, tau_of(base, temperature)), 3)]
+            cells += [shown(pooled(tau_of(found, temperature))), _rho(found, base, temperature)]
         rows.append(cells)
     return _table(["start", "tau T=0", "against PCA", "tau T=1", "against PCA"], rows)
 
@@ -247,6 +265,8 @@ def _trade(results: Results, live: dict[str, Any]) -> dict[str, tuple[float, Est
 
 def _between_marks(path: Path, content: str) -> None:
     text = path.read_text(encoding="utf-8") if path.exists() else "\n\n".join(MARKS) + "\n"
+    if any(text.count(mark) != 1 for mark in MARKS):
+        raise UsageError(f"{path} must hold the lines {MARKS[0]} and {MARKS[1]} once each.")
     before, _, rest = text.partition(MARKS[0])
     _, _, after = rest.partition(MARKS[1])
     path.write_text(f"{before}{MARKS[0]}\n\n{content}\n\n{MARKS[1]}{after}", encoding="utf-8")

@@ -6,22 +6,31 @@ and a stopped training goes on from its last state.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from texts import SETS, TEMPERATURES, read_texts
+from texts import SETS, TEMPERATURES, read_texts, texts_settings
 from variants import Head, Variant, heads
 
-from drafter.artifact import atomic_write_json
+from drafter.artifact import atomic_write_json, sha256_file
 from drafter.capture import Captured, read_captured
 from drafter.checkpoint import load_drafter, load_target, save_drafter
-from drafter.config import DrafterConfig, checked_drafter_config, default_top_k, read_drafter_config
+from drafter.config import (
+    DrafterConfig,
+    checked_drafter_config,
+    default_top_k,
+    read_drafter_config,
+    read_json,
+)
 from drafter.corpus import read_shard, shards
 from drafter.decoder import TargetDecoder
+from drafter.errors import UsageError
 from drafter.replay import replay
+from drafter.sources.folder import weights_fingerprint
 from drafter.start import start_drafter
 from drafter.tokenizer import ChatTokenizer
 from drafter.train_config import TrainConfig
@@ -45,6 +54,19 @@ class Study:
     tokens: int
     learning_rate: float
     batch_tokens: int = 2048
+
+    def made_from(self) -> dict[str, Any]:
+        """What a result rests on besides its variant."""
+        corpus = "".join(sha256_file(path) for path in shards(self.corpus))
+        return {
+            "tokens": self.tokens,
+            "learning_rate": self.learning_rate,
+            "batch_tokens": self.batch_tokens,
+            "corpus": hashlib.sha256(corpus.encode()).hexdigest(),
+            "body": weights_fingerprint(self.body),
+            "target": weights_fingerprint(self.target),
+            "texts": texts_settings(self.out),
+        }
 
     def config(self, variant: Variant) -> TrainConfig:
         """The training of a variant."""
@@ -72,6 +94,7 @@ def run(study: Study, variant: Variant) -> str:
     """Train and replay a variant unless that was done; returns a line to print."""
     torch.set_num_threads(1)
     if study.result(variant).exists():
+        read_result(study, variant, study.made_from())
         return f"{variant.name}: was there"
     body = read_drafter_config(study.body)
     target = load_target(study.target, body.taps)
@@ -82,6 +105,7 @@ def run(study: Study, variant: Variant) -> str:
     train(drafter, documents, study.config(variant), runs)
     log = [row.model_dump() for row in read_log(runs)]
     figures: dict[str, Any] = {
+        "made_from": study.made_from(),
         "head": variant.head,
         "loss": variant.loss,
         "init": variant.init,
@@ -98,6 +122,18 @@ def run(study: Study, variant: Variant) -> str:
     atomic_write_json(study.result(variant), figures)
     shutil.rmtree(runs)
     return f"{variant.name}: {len(log)} steps, alpha {log[-1]['alpha'][0]:.3f} in training"
+
+
+def read_result(study: Study, variant: Variant, made_from: dict[str, Any]) -> dict[str, Any]:
+    """A variant's figures. Raises UsageError where they are of another study."""
+    path = study.result(variant)
+    found = read_json(path)
+    for field, needed in made_from.items():
+        if (value := found.get("made_from", {}).get(field)) != needed:
+            raise UsageError(
+                f"{path} is of {field} {value}, this study of {needed}; give another --out."
+            )
+    return found
 
 
 def training_documents(study: Study) -> list[Captured]:

@@ -7,17 +7,22 @@ no drafter is trained on them.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from drafter.artifact import atomic_write_json
 from drafter.capture import Captured, read_captured, write_captured
 from drafter.checkpoint import load_target
+from drafter.config import read_json
+from drafter.errors import UsageError
 from drafter.generate import GenerateConfig, answer_prompts, seen_document
 from drafter.tokenizer import ChatTokenizer
 from pipeline.prompt_sets import benchmark_prompts
 
 SETS = {"mt-bench": 80, "humaneval": 40, "gsm8k": 40}
 TEMPERATURES = (0.0, 1.0)
+_SETTINGS = "settings.json"
 
 
 def texts_path(out: Path, name: str, temperature: float) -> Path:
@@ -26,7 +31,18 @@ def texts_path(out: Path, name: str, temperature: float) -> Path:
 
 
 def write_texts(target: Path, taps: tuple[int, ...], out: Path, tokens: int) -> None:
-    """Answer every prompt set at every temperature; what exists is kept."""
+    """Answer every prompt set at every temperature; what exists is kept. Raises UsageError where
+    that is of other settings.
+    """
+    settings = {"tokens": tokens, "taps": list(taps)}
+    path = out / "texts" / _SETTINGS
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_json(path, settings)
+    if (found := texts_settings(out)) != settings:
+        raise UsageError(
+            f"{path.parent} holds texts of {found}, not of {settings}; give another --out."
+        )
     todo = [
         (name, count, temperature)
         for name, count in SETS.items()
@@ -51,6 +67,11 @@ def write_texts(target: Path, taps: tuple[int, ...], out: Path, tokens: int) -> 
         seen = [seen_document(text) for text in answered]
         write_captured(folder / "shard-00000.safetensors", seen, taps, "")
         print(f"texts: {name} at temperature {temperature:g}, {len(seen)} answers", flush=True)
+
+
+def texts_settings(out: Path) -> dict[str, Any]:
+    """What the texts were made with."""
+    return read_json(out / "texts" / _SETTINGS)
 
 
 def read_texts(out: Path, name: str, temperature: float) -> list[Captured]:

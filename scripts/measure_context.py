@@ -1,10 +1,10 @@
-"""tau after a long conversation against a short one: what a text beyond the drafter's training costs.
+"""tau after long conversations against short ones, longer than what the drafter was trained on.
 
     python scripts/measure_context.py ENGINE CORPUS --contexts 512 4096 --prompts 8
 
-Each MT-Bench question is asked after as many earlier turns, taken from CORPUS (dialogues of the same
-target), as fill the context; the earlier turns of a short context are the last of a long one. tau
-is pooled over prompts, with a paired 95 % interval of the ratio to the first context.
+Each MT-Bench question is asked after as many earlier dialogues, taken from CORPUS (of the same
+target), as fill the context; those of a short context are the last of a long one. tau is pooled
+over prompts, with a paired 95 % interval of the ratio to the first context.
 """
 
 from __future__ import annotations

@@ -55,8 +55,8 @@ def _check_same(folders: Sequence[Path]) -> None:
                 if found != first[what]:
                     raise UsageError(
                         f"{folder} has another {what} ({found:.12}) than {folders[0]} "
-                        f"({first[what]:.12}); drafters are compared on one target, run by one backend "
-                        "in one precision: give `pipeline build-engine` the same `pipeline fetch`, "
+                        f"({first[what]:.12}); drafters are compared on one target, run by "
+                        "one backend in one precision: give `pipeline build-engine` the same `pipeline fetch`, "
                         "`--backend` and target precision for both."
                     )
 

@@ -56,8 +56,8 @@ def _check_same(folders: Sequence[Path]) -> None:
                     raise UsageError(
                         f"{folder} has another {what} ({found:.12}) than {folders[0]} "
                         f"({first[what]:.12}); drafters are compared on one target, run by "
-                        "one backend in one precision: give `pipeline build-engine` the same `pipeline fetch`, "
-                        "`--backend` and target precision for both."
+                        "one backend in one precision: build the engines from the same "
+                        "`pipeline fetch` with the same `pipeline build-engine --backend`."
                     )
 
 

@@ -64,6 +64,7 @@ class ChatTokenizer:
         self._special_tokens = dict(special_tokens)  # "bos_token" -> text, for the template
         added = tokenizer.get_added_tokens_decoder()
         self._added = {token_id: token.content for token_id, token in added.items()}
+        self.added_ids: frozenset[int] = frozenset(added)  # special ones and others
         self._bytes_of = _bytes_rule(tokenizer)
         self.eos_ids: frozenset[int] = frozenset(eos_ids)
         self.special_ids: frozenset[int] = frozenset(i for i, t in added.items() if t.special)

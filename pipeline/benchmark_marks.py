@@ -2,16 +2,18 @@
 measures it, whatever the cache holds.
 
 `benchmark_marks.json` lists for each prompt its set and name, how many words it has, CRC-32 of its
-first eight words and the first 64 bits of the SHA-256 of all. Words are what blanks separate, in
-lower case. A prompt is found wherever it stands in a text: in a chat template, behind an
-instruction, in a code block. `scripts/mark_benchmarks.py` writes the file. A prompt in other words
-is not found.
+first eight words and the first 64 bits of the SHA-256 of all. Words are runs of letters and digits,
+whatever their case and form (NFKC; invisible characters do not count). A prompt is found wherever
+it stands in a text: in a chat template, behind an instruction, in quotes, in a code block.
+`scripts/mark_benchmarks.py` writes the file. A prompt in other words is not found.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
+import unicodedata
 import zlib
 from collections.abc import Iterable
 from functools import cache
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from drafter.tokenizer import ChatTokenizer
 
 START = 8  # words; no prompt has fewer
+_WORD = re.compile(r"[^\W_]+")
 PATH = Path(__file__).with_name("benchmark_marks.json")
 
 
@@ -80,9 +83,12 @@ def refuse_benchmark_corpus(corpus: Path, target: Path) -> None:
 
 
 def _prompt_text(tokenizer: ChatTokenizer, ids: list[int]) -> str:
-    """A prompt's text, with blanks for the template's markers, which may touch words."""
-    parts = groupby(ids, lambda token: token in tokenizer.special_ids)
-    return " ".join(tokenizer.decode(list(part)) for special, part in parts if not special)
+    """A prompt's text, as it is and with blanks for the added tokens: a template's markers may
+    touch words and need not be special, a word of the prompt may be an added token.
+    """
+    parts = groupby(ids, lambda token: token in tokenizer.added_ids)
+    cut = " ".join(tokenizer.decode(list(part)) for added, part in parts if not added)
+    return f"{tokenizer.decode(ids)}\n{cut}"
 
 
 @cache
@@ -95,7 +101,9 @@ def _marks() -> dict[int, list[Mark]]:
 
 
 def _words(text: str) -> list[bytes]:
-    return text.lower().encode("utf-8", "surrogatepass").split()
+    plain = unicodedata.normalize("NFKC", text).casefold()
+    seen = "".join(c for c in plain if unicodedata.category(c) != "Cf")  # zero width, directions
+    return [word.encode() for word in _WORD.findall(seen)]
 
 
 def _start(words: list[bytes]) -> int:

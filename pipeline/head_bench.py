@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from statistics import median
 from typing import Any
 
@@ -26,6 +25,7 @@ from drafter.heads.cost import forward_cost
 from drafter.heads.dense import DenseHead
 from drafter.heads.low_rank import LowRankHead
 from drafter.heads.top_k import top_k_of_scores
+from drafter.heads.truncated import TruncatedHead
 from engines.machine import physical_cores
 from engines.onnxruntime import session_options
 from export.head import DOMAIN, DOMAIN_VERSION, DenseNode, HeadNode, TruncatedNode, head_node
@@ -44,34 +44,44 @@ Array = npt.NDArray[np.float32]
 def measure_heads(
     drafter: Drafter, rows: int, *, backend: str = "onnxruntime", threads: int | None = None
 ) -> HeadReport:
-    """Median milliseconds of both heads for `rows` states; `ratio` is dense over low-rank."""
-    states = torch.randn(1, rows, drafter.config.hidden_size, generator=torch.manual_seed(0))
-    make = _torch_call if backend == "torch" else _onnxruntime_call
-    dense = make(drafter, states, True, threads or physical_cores())
-    report = partial(
-        HeadReport,
+    """Median milliseconds of a dense head and of the drafter's own for `rows` states, and dense
+    over own. A dense head is its own: it is timed once.
+    """
+    known = isinstance(drafter.lm_head, LowRankHead)
+    if isinstance(drafter.lm_head, LowRankHead | TruncatedHead):
+        dense, own = head_milliseconds(drafter, rows, threads, backend)
+    else:
+        (dense,) = _milliseconds(drafter, rows, threads, backend, (True,))
+        own = dense
+    return HeadReport(
+        dense_ms=dense,
+        low_rank_ms=own if known else None,
+        ratio=dense / own if known else None,
+        own_ms=own,
+        own_ratio=dense / own,
         dense_bytes=4 * _dense_weight(drafter).numel(),
         head_bytes=forward_cost(head_products(drafter.config), rows).bytes,
     )
-    if not isinstance(drafter.lm_head, LowRankHead):
-        (seconds,) = _interleaved(dense)
-        return report(dense_ms=1e3 * seconds, low_rank_ms=None, ratio=None)
-    low_rank = make(drafter, states, False, threads or physical_cores())
-    slow, fast = _interleaved(dense, low_rank)
-    return report(dense_ms=1e3 * slow, low_rank_ms=1e3 * fast, ratio=slow / fast)
 
 
 def head_milliseconds(
-    drafter: Drafter, rows: int, threads: int | None = None
+    drafter: Drafter, rows: int, threads: int | None = None, backend: str = "onnxruntime"
 ) -> tuple[float, float]:
     """Median milliseconds of a dense head and of the drafter's own, whichever it is, for `rows`
-    states: interleaved, fp32, ONNX Runtime.
+    states: interleaved, fp32.
     """
+    dense, own = _milliseconds(drafter, rows, threads, backend, (True, False))
+    return dense, own
+
+
+def _milliseconds(
+    drafter: Drafter, rows: int, threads: int | None, backend: str, kinds: Sequence[bool]
+) -> list[float]:
+    """Of the dense head (True) and the drafter's own (False)."""
     states = torch.randn(1, rows, drafter.config.hidden_size, generator=torch.manual_seed(0))
-    count = threads or physical_cores()
-    calls = [_onnxruntime_call(drafter, states, dense, count) for dense in (True, False)]
-    dense_s, own_s = _interleaved(*calls)
-    return 1e3 * dense_s, 1e3 * own_s
+    make = _torch_call if backend == "torch" else _onnxruntime_call
+    calls = [make(drafter, states, dense, threads or physical_cores()) for dense in kinds]
+    return [1e3 * seconds for seconds in _interleaved(*calls)]
 
 
 def measure_sizes(rows: int, hidden_size: int, sizes: Sequence[int]) -> list[float]:

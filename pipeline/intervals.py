@@ -8,6 +8,7 @@ drafters is paired, and a figure is the same whenever it is computed again.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -17,8 +18,10 @@ import numpy.typing as npt
 RESAMPLES = 10_000
 LEVEL = 0.95
 _SEED = 0
+_BLOCK = 2**20  # draws times prompts that are worked on at once: 8 MiB as float64
 
 Floats = npt.NDArray[np.float64]
+Counts = npt.NDArray[np.unsignedinteger]
 
 
 class Estimate(NamedTuple):
@@ -63,29 +66,47 @@ def median(values: Floats) -> Estimate:
     if not there.any():
         return Estimate(None)
     order = np.argsort(values)  # NaN last
-    counts = (_draws(len(values)) * there)[:, order].cumsum(axis=1)  # [N, P], up to each value
-    found = counts[:, -1]  # values in a draw, [N]
+    ranked = values[order]
+    blocks = (block[:, order] * there[order] for block in _draws(len(values)))
+    drawn = np.concatenate([_medians(block, ranked) for block in blocks])
+    return _estimate(np.float64(np.median(values[there])), drawn, int(there.sum()))
+
+
+def _medians(block: Counts, ranked: Floats) -> Floats:
+    """The median of each draw, [B], from how often it holds each of the rising values: [B, P]."""
+    counts = block.cumsum(axis=1, dtype=np.int64)  # up to each value
+    found = counts[:, -1]  # values in a draw, [B]
     low, high = (found + 1) // 2, found // 2 + 1  # the middle one, or the middle two
     places = [(counts >= rank[:, None]).argmax(axis=1) for rank in (low, high)]
-    drawn = (values[order[places[0]]] + values[order[places[1]]]) / 2
+    drawn: Floats = (ranked[places[0]] + ranked[places[1]]) / 2
     drawn[found == 0] = np.nan
-    return _estimate(np.float64(np.median(values[there])), drawn, int(there.sum()))
+    return drawn
 
 
 def _ratios(figure: Pooled) -> tuple[np.float64, Floats]:
     """The ratio itself, and that of each draw, [N]; not finite where nothing is below the line."""
     columns = np.stack(figure, axis=1)  # [P, 2]
-    sums, drawn = columns.sum(axis=0), _draws(len(columns)) @ columns  # [2], [N, 2]
+    sums = columns.sum(axis=0)  # [2]
+    drawn = np.concatenate([block @ columns for block in _draws(len(columns))])  # [N, 2]
     with np.errstate(divide="ignore", invalid="ignore"):
         return sums[0] / sums[1], drawn[:, 0] / drawn[:, 1]
 
 
-@lru_cache(maxsize=2)
-def _draws(prompts: int) -> Floats:
-    """How often each draw with replacement holds each prompt: [N, P], rows summing to P."""
+@lru_cache(maxsize=1)
+def _draws(prompts: int) -> tuple[Counts, ...]:
+    """How often each draw with replacement holds each prompt, in blocks: [B, P], rows summing to P,
+    N rows in all. Kept as the smallest integers that hold them, a byte each.
+    """
+    return tuple(block.astype(np.min_scalar_type(block.max())) for block in _blocks(prompts))
+
+
+def _blocks(prompts: int) -> Iterator[npt.NDArray[np.int64]]:
+    """The same draws in any division: the generator gives them row by row."""
     generator = np.random.default_rng(_SEED)
     shares = np.full(prompts, 1.0 / prompts)
-    return generator.multinomial(prompts, shares, size=RESAMPLES).astype(np.float64)
+    rows = max(1, _BLOCK // prompts)
+    for start in range(0, RESAMPLES, rows):
+        yield generator.multinomial(prompts, shares, size=min(rows, RESAMPLES - start))
 
 
 def _estimate(value: np.float64, drawn: Floats, prompts: int) -> Estimate:

@@ -130,7 +130,8 @@ class EvaluateReport(DecodeReport):
 
 
 class HeadReport(_Report):
-    """Time of the drafter's head for one tree level; None for a drafter without a low-rank head.
+    """Time of a dense head and of the drafter's own for one tree level. `low_rank_ms` and `ratio`
+    are None for a drafter with another head, `own_ms` and `own_ratio` are of any.
 
     `dense_bytes`, `head_bytes`: weights read for it, by a dense head and by the drafter's own.
     """
@@ -138,6 +139,8 @@ class HeadReport(_Report):
     dense_ms: float | None
     low_rank_ms: float | None
     ratio: float | None
+    own_ms: float
+    own_ratio: float
     dense_bytes: int
     head_bytes: int
 

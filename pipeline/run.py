@@ -206,4 +206,5 @@ def _decoded(found: tuple[list[Answer], dict[str, Any]]) -> str:
 
 
 def _timed(report: HeadReport) -> str:
-    return "dense head" if report.ratio is None else f"{report.ratio:.1f}x faster than dense"
+    dense = report.own_ms == report.dense_ms
+    return "dense head" if dense else f"{report.own_ratio:.1f}x faster than dense"

@@ -1,11 +1,13 @@
 """Several drafters beside one target: Generators that share the target's weights and cache.
 
 Drafters can be compared only where everything else is equal, so the engine folders must hold the
-same target and tokenizer. The target is opened once for each choice of taps and context.
+same target and tokenizer, for the same backend. The target is opened once for each choice of taps
+and context.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +22,8 @@ from runtime.tree import TreeConfig
 def load_side_by_side(engine_dirs: Sequence[Path], threads: int | None = None) -> list[Generator]:
     """A Generator for each engine folder. They answer one request at a time between them.
 
-    Raises UsageError where a folder is no engine, or of another target or tokenizer than the first.
+    Raises UsageError where a folder is no engine, or of another backend, target precision, target
+    or tokenizer than the first.
     """
     from engines import open_drafter, read_engine  # with the backends, which only this needs
 
@@ -42,23 +45,41 @@ def load_side_by_side(engine_dirs: Sequence[Path], threads: int | None = None) -
 
 
 def _check_same(folders: Sequence[Path]) -> None:
-    from engines.identity import target_digest
-
+    """The quick comparisons of all folders first: hashes read every weight."""
     if len(folders) < 2:
         return
-    first = target_digest(folders[0]), _tokenizer(folders[0])
-    for folder in folders[1:]:
-        found = target_digest(folder), _tokenizer(folder)
-        for what, one, other in zip(("target", "tokenizer"), first, found, strict=True):
-            if one != other:
-                raise UsageError(
-                    f"{folder} has another {what} ({other[:12]}...) than {folders[0]} "
-                    f"({one[:12]}...); drafters are compared on one target in one precision: "
-                    "build the engines from the same `pipeline fetch`."
-                )
+    for facts in (_kind, _contents):
+        first = facts(folders[0])
+        for folder in folders[1:]:
+            for what, found in facts(folder).items():
+                if found != first[what]:
+                    raise UsageError(
+                        f"{folder} has another {what} ({found:.12}) than {folders[0]} "
+                        f"({first[what]:.12}); drafters are compared on one target, run by "
+                        "one backend in one precision: build the engines from the same "
+                        "`pipeline fetch` with the same `pipeline build-engine --backend`."
+                    )
+
+
+def _kind(folder: Path) -> dict[str, str]:
+    """How the target runs. The first folder's runs for all, so that this must not differ."""
+    from engines import read_engine
+    from engines.base import PRECISIONS
+
+    _, manifest = read_engine(folder, verify=False)
+    rounded = "target" in PRECISIONS[manifest.precision].graphs
+    return {"backend": manifest.backend, "target precision": "int8" if rounded else "fp32"}
+
+
+def _contents(folder: Path) -> dict[str, str]:
+    """Hashes of the target and its tokenizer."""
+    from engines.identity import target_digest
+
+    return {"target": target_digest(folder), "tokenizer": _tokenizer(folder)}
 
 
 def _tokenizer(folder: Path) -> str:
-    """The tokenizer files' hashes as one text."""
+    """Hex SHA-256 over the hashes and names of the tokenizer files."""
     there = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    return " ".join(f"{sha256_file(path)} {path.name}" for path in there)
+    lines = "\n".join(f"{sha256_file(path)} {path.name}" for path in there)
+    return hashlib.sha256(lines.encode()).hexdigest()

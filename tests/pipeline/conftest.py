@@ -95,11 +95,17 @@ def run_arguments(target: Path, drafter: Path, prompts: Path, report: Path) -> l
     ]
 
 
-def build_tiny_engine(folder: Path, target_dir: Path, **changes: Any) -> Path:
+def build_tiny_engine(
+    folder: Path,
+    target_dir: Path,
+    backend: str = "onnxruntime",
+    precision: str = "fp32",
+    **changes: Any,
+) -> Path:
     """The engine of a target with a random drafter, in `folder`/engine."""
     drafter = write_tiny_drafter(folder / "drafter", target_dir, **changes)
     export_model(target_dir, drafter, folder / "export")
-    build_engines(folder / "export", folder / "engine", threads=1)
+    build_engines(folder / "export", folder / "engine", backend, precision, threads=1)
     return folder / "engine"
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer
 
 from drafter.corpus import document, write_shards
 from drafter.errors import MissingError, UsageError
 from drafter.tokenizer import ChatTokenizer
-from pipeline.benchmark_marks import PATH, benchmark_in, mark, refuse_benchmarks
+from pipeline.benchmark_marks import PATH, _prompt_text, benchmark_in, mark, refuse_benchmarks
 from pipeline.prompt_sets import BENCHMARKS, bare_prompts
 from tests.pipeline.command import Result, assert_refused, run_command
 
@@ -50,6 +51,34 @@ def test_a_prompt_is_found_wherever_it_stands(before: str, after: str) -> None:
 )
 def test_neither_blanks_nor_case_nor_a_frame_hide_it(text: str) -> None:
     assert benchmark_in(text) is not None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f'Translate: "{PUBLISHED}"',
+        f"**{PUBLISHED}**",
+        f"__{PUBLISHED}__",
+        f"{PUBLISHED}\u200b",
+        PUBLISHED.replace("find", "fi\u200bnd").replace(" ", "\u00a0"),
+        f"<|User|>{PUBLISHED}<|Assistant|>",
+    ],
+    ids=["quoted", "bold", "underlined", "zero width", "within", "markers"],
+)
+def test_neither_signs_nor_invisible_characters_hide_it(text: str) -> None:
+    assert benchmark_in(text) is not None
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_added_tokens_of_letters_do_not_hide_it(tiny_llama_dir: Path, special: bool) -> None:
+    """Markers need not be special, nor be told from words by signs."""
+    library = Tokenizer.from_file(str(tiny_llama_dir / "tokenizer.json"))
+    library.add_tokens([AddedToken("USER", special=special), AddedToken("C++", special=special)])
+    tokenizer = ChatTokenizer(library, None, [], {})
+    ids = tokenizer.encode(f"USER{PUBLISHED}".replace("C++", "c++") + "USER")
+    assert benchmark_in(_prompt_text(tokenizer, ids)) is not None
+    ids = tokenizer.encode(PUBLISHED)  # one of its words is an added token
+    assert benchmark_in(_prompt_text(tokenizer, ids)) is not None
 
 
 @pytest.mark.parametrize("text", ["", "word " * 30, HARMLESS, PUBLISHED[:-11], PUBLISHED[8:]])

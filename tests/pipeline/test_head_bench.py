@@ -63,6 +63,17 @@ def test_a_drafter_with_a_dense_head_has_no_low_rank_time(head: str) -> None:
     report = measure_heads(drafter(head=head), 4, threads=1)
     assert report.dense_ms is not None
     assert (report.low_rank_ms, report.ratio) == (None, None)
+    assert (report.own_ms, report.own_ratio) == (report.dense_ms, 1.0)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
+def test_a_truncated_head_is_timed_beside_a_dense_one(backend: str) -> None:
+    model = drafter(head="truncated", draft_vocab_size=20)
+    report = measure_heads(model, 4, backend=backend, threads=1)
+    assert report.dense_ms is not None
+    assert report.own_ms != report.dense_ms
+    assert report.own_ratio == pytest.approx(report.dense_ms / report.own_ms)
+    assert (report.low_rank_ms, report.ratio) == (None, None)
 
 
 def test_a_drafter_narrower_than_its_target_is_compared_with_a_dense_head_of_its_width(

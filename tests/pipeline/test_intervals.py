@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from pipeline.intervals import (
     LEVEL,
+    RESAMPLES,
     Estimate,
     Floats,
     Pooled,
@@ -138,6 +139,17 @@ def test_an_interval_is_the_same_whenever_it_is_computed_again() -> None:
     before = pooled(one)
     _draws.cache_clear()
     assert pooled(one) == before
+
+
+def test_draws_in_blocks_are_those_of_one_call_and_take_a_byte_each() -> None:
+    prompts = 400
+    blocks = _draws(prompts)
+    wanted = np.random.default_rng(0).multinomial(
+        prompts, np.full(prompts, 1 / prompts), size=RESAMPLES
+    )
+    assert len(blocks) > 1
+    np.testing.assert_array_equal(np.concatenate(blocks), wanted)
+    assert sum(block.nbytes for block in blocks) == prompts * RESAMPLES
 
 
 def test_one_prompt_has_a_figure_and_no_interval() -> None:

@@ -43,3 +43,24 @@ def test_the_digest_is_of_the_target_alone(three_engines: list[Path], tmp_path: 
     assert target_digest(other) != target_digest(three_engines[0])
     with pytest.raises(UsageError, match=r"another target .* than"):
         load_side_by_side([three_engines[0], other], threads=1)
+
+
+@pytest.mark.parametrize(
+    ("backend", "precision", "words"),
+    [
+        ("torch", "fp32", r"another backend \(torch\) than .* \(onnxruntime\)"),
+        ("onnxruntime", "int8", r"another target precision \(int8\) than .* \(fp32\)"),
+    ],
+)
+def test_one_target_run_in_two_manners_is_refused(
+    three_engines: list[Path],
+    tiny_llama_dir: Path,
+    tmp_path: Path,
+    backend: str,
+    precision: str,
+    words: str,
+) -> None:
+    """Else the first folder's target would run for both, and the report name one manner."""
+    other = build_tiny_engine(tmp_path, tiny_llama_dir, backend, precision)
+    with pytest.raises(UsageError, match=words):
+        load_side_by_side([three_engines[0], other], threads=1)

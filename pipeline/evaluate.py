@@ -150,11 +150,8 @@ def identical(answers: Sequence[Answer], way: int) -> int | None:
     """How many answers have the tokens of plain decoding, or where there is none, of the first way;
     None where there is nothing to compare with.
     """
-    judges = [answer.plain or answer.fast[0] for answer in answers]
-    if way == 0 and answers[0].plain is None:
-        return None
-    pairs = zip(answers, judges, strict=True)
-    return sum(answer.fast[way].token_ids == judge.token_ids for answer, judge in pairs)
+    found = [answer.identical(way) for answer in answers]
+    return None if None in found else sum(map(bool, found))
 
 
 def speedup(answer: Answer, way: int = 0) -> float | None:

@@ -41,6 +41,14 @@ class Answer:
     fast: tuple[Completion, ...]
     plain: Completion | None = None
 
+    def identical(self, way: int) -> bool | None:
+        """Whether `way` gave the tokens of its judge: of plain decoding, where there is none of the
+        first way; None for the first way then.
+        """
+        if self.plain is None and way == 0:
+            return None
+        return self.fast[way].token_ids == (self.plain or self.fast[0]).token_ids
+
     def to_json(self, way: int = 0) -> dict[str, Any]:
         """One line of `--details FILE`: what `way` made of it."""
         found, plain = self.fast[way], self.plain
@@ -48,7 +56,7 @@ class Answer:
         return {
             "prompt": self.prompt.name,
             "seed": self.seed,
-            "identical": None if plain is None else plain.token_ids == found.token_ids,
+            "identical": self.identical(way),
             "tokens": len(found.token_ids),
             "prompt_tokens": found.prompt_tokens,
             "tau": found.tau,

@@ -85,7 +85,9 @@ def verdict(outcome: Outcome) -> None:
     outcome.check.raise_if_failed()
     known = outcome.report.environment
     decode = outcome.report.decode
-    check_identical(decode.identical, decode.prompts, known["precision"], known["temperature"])
+    if must_be_identical(known["precision"], known["temperature"]):
+        who = f"the engine of {known['drafter']}"
+        check_identical(decode.identical, decode.prompts, who, "plain decoding", known["prompts"])
 
 
 def parity_rows(check: CheckReport) -> list[ParityRow]:
@@ -115,19 +117,21 @@ def _largest(one: float, other: float) -> float:
     return one if math.isnan(one) else other if math.isnan(other) else max(one, other)
 
 
-def check_identical(
-    identical: int | None, answers: int, precision: str, temperature: float
-) -> None:
-    """Raise CheckFailed where greedy texts differ although the target runs in fp32.
-
-    Sampled texts always differ, and an int8 target rounds differently for one token than for
-    several, so there the count is a figure and no verdict.
+def must_be_identical(precision: str, temperature: float) -> bool:
+    """Whether texts are judged. Sampled texts always differ, and an int8 target rounds differently
+    for one token than for several, so there the count is a figure and no verdict.
     """
-    exact = temperature == 0 and "target" not in PRECISIONS[precision].graphs
-    if exact and identical is not None and identical < answers:
+    return temperature == 0 and "target" not in PRECISIONS[precision].graphs
+
+
+def check_identical(
+    identical: int | None, answers: int, way: str, judge: str, prompts: str
+) -> None:
+    """Raise CheckFailed where not all texts of a way are those of its judge; None: it has none."""
+    if identical is not None and identical < answers:
         raise CheckFailed(
-            f"{answers - identical} of {answers} speculative texts differ "
-            "from plain decoding, none may; run `pipeline evaluate --details FILE` to see which."
+            f"{answers - identical} of {answers} speculative texts of {way} on {prompts} differ "
+            f"from {judge}, none may; run `pipeline evaluate --details FILE` to see which."
         )
 
 

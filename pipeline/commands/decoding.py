@@ -214,7 +214,7 @@ def _evaluate(
 ) -> None:
     from pipeline import evaluate as reporting
     from pipeline.compare import compare_all
-    from pipeline.run import check_identical
+    from pipeline.run import check_identical, must_be_identical
     from pipeline.tables import evaluation_tables
 
     found = compare_all(folders, sets, decodes, chosen, reporting.state)
@@ -227,9 +227,11 @@ def _evaluate(
     else:
         print_tables(*evaluation_tables(report, found))
     for one, measured in zip(report.comparisons, found, strict=True):
+        if not must_be_identical(known["precision"], one.temperature):
+            continue
+        judge = "plain decoding" if chosen.plain else f"those of {one.ways[0].name}"
         for way in one.ways:
-            count = len(measured.answers)
-            check_identical(way.identical, count, known["precision"], one.temperature)
+            check_identical(way.identical, len(measured.answers), way.name, judge, one.prompts)
 
 
 def serve(

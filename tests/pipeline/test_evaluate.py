@@ -158,7 +158,10 @@ def test_drafters_trees_sets_and_temperatures_all_in_one_run(
 
 
 def test_greedy_texts_that_differ_between_drafters_fail(
-    three_engines: list[Path], prompt_file: Path, monkeypatch: pytest.MonkeyPatch
+    three_engines: list[Path],
+    prompt_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Without plain decoding the first drafter is what the others are held to."""
     honest = Generator.generate
@@ -172,9 +175,14 @@ def test_greedy_texts_that_differ_between_drafters_fail(
     monkeypatch.setattr(Generator, "generate", generate)
     engines = [f"--engine={folder}" for folder in three_engines[:2]]
     arguments = (*engines, f"--prompts={prompt_file}", "--max-tokens=6", "--no-plain")
-    result = run_command("evaluate", *arguments)
+    details = tmp_path / "details.jsonl"
+    result = run_command("evaluate", *arguments, f"--details={details}")
     assert result.code == 1
-    assert "1 of 3 speculative texts differ" in result.last_line
+    assert "1 of 3 speculative texts of plain/engine on" in result.last_line
+    assert f"{prompt_file} differ from those of rescored/engine" in result.last_line
+    rows = [json.loads(line) for line in details.read_text().splitlines()]
+    assert [row["identical"] for row in rows if row["engine"] == "rescored/engine"] == [None] * 3
+    assert sum(row["identical"] is False for row in rows) == 1
 
 
 def test_several_drafters_are_tables_with_a_row_each(

@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from statistics import median
 from typing import Any
 
+import numpy as np
+
 from drafter.artifact import read_artifact
+from engines.backends import read_engine
 from engines.base import KIND
 from pipeline import figures, intervals
 from pipeline.compare import Comparison
@@ -77,6 +79,7 @@ def _way_report(found: Comparison, place: int) -> WayReport:
     return WayReport(
         name=way.name,
         engine=None if way.engine is None else str(way.engine),
+        **_kind_of(way.engine),
         tree=asdict(way.tree),
         tokens=int(counts.tokens.sum()),
         rounds=int(counts.rounds.sum()),
@@ -93,12 +96,23 @@ def _way_report(found: Comparison, place: int) -> WayReport:
     )
 
 
+def _kind_of(engine: Path | None) -> dict[str, str | None]:
+    """Backend, precision and head of an engine folder."""
+    if engine is None:
+        return {"backend": None, "precision": None, "head": None}
+    _, found = read_engine(engine, verify=False)
+    return {"backend": found.backend, "precision": found.precision, "head": found.drafter.head}
+
+
 def details(found: Sequence[Comparison]) -> list[dict[str, Any]]:
     """The lines of `--details FILE`: each answer in each way."""
+    ways = [way for comparison in found for way in comparison.ways]
+    kinds = {way.engine: _kind_of(way.engine) for way in ways}
     return [
         {
             **answer.to_json(place),
             "engine": way.name,
+            **kinds[way.engine],
             "prompts": comparison.prompts.title,
             "temperature": comparison.decode.temperature,
         }
@@ -131,14 +145,15 @@ def summarise(answers: Sequence[Answer], way: int = 0) -> DecodeReport:
     fast = [answer.fast[way] for answer in answers]
     rounds = sum(c.rounds for c in fast)
     overhead = sum(c.timings.overhead_s for c in fast)
+    rates, plain = (figures.rates(answers, what) for what in (way, None))  # by prompt
     return DecodeReport(
-        prompts=len(answers),
+        prompts=len(figures.by_prompt(answers)),
         identical=identical(answers, way),
         tau=_pooled([(c.tau, c.rounds) for c in fast], empty=1.0),
         acceptance_by_depth=_acceptance(fast),
-        plain_tok_s=_median([decode_rate(answer.plain) for answer in answers]),
-        speculative_tok_s=_median([decode_rate(c) for c in fast]),
-        speedup=_median([speedup(answer, way) for answer in answers]),
+        plain_tok_s=_median(plain),
+        speculative_tok_s=_median(rates),
+        speedup=_median(rates / plain),
         target_passes_per_token=(
             sum(c.target_passes for c in fast) / sum(len(c.token_ids) for c in fast)
         ),
@@ -202,6 +217,6 @@ def _pooled(weighted: Sequence[tuple[float, int]], empty: float) -> float:
     return sum(value * weight for value, weight in weighted) / total if total else empty
 
 
-def _median(values: Sequence[float | None]) -> float | None:
-    found = [value for value in values if value is not None]
-    return median(found) if found else None
+def _median(values: intervals.Floats) -> float | None:
+    found = values[np.isfinite(values)]
+    return float(np.median(found)) if len(found) else None

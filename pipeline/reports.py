@@ -92,6 +92,9 @@ class WayReport(_Report):
 
     name: str
     engine: str | None
+    backend: str | None
+    precision: str | None
+    head: str | None
     tree: dict[str, int | float]
     tokens: int
     rounds: int

@@ -100,9 +100,14 @@ def comparison_tables(found: Sequence[ComparisonReport]) -> list[Table]:
         return _row_tables("One drafter", "prompts", rows)
     tables = []
     for comparison in found:
-        rows = [_Row(way.name, comparison, way) for way in comparison.ways]
+        kinds = {(way.backend, way.precision) for way in comparison.ways}
+        rows = [_Row(_name(way, len(kinds) > 1), comparison, way) for way in comparison.ways]
         tables += _row_tables(_title(comparison), "drafter", rows)
     return tables
+
+
+def _name(way: WayReport, kinds_differ: bool) -> str:
+    return f"{way.name}, {way.precision}" if kinds_differ else way.name
 
 
 class _Row(NamedTuple):

@@ -74,9 +74,10 @@ def test_a_scaled_figure_has_a_scaled_interval(rows: list[tuple[int, int]], scal
 def test_the_order_of_the_prompts_moves_an_interval_by_no_more_than_the_draws_do(
     order: list[int],
 ) -> None:
+    """A bound has a standard deviation of 0.007 over orders, so the difference of two 0.01."""
     one = answers(np.random.default_rng(3), 9, 3.0)
     moved = Pooled(one.above[order], one.below[order])
-    assert bounds(pooled(moved)) == pytest.approx(bounds(pooled(one)), abs=0.03)
+    assert bounds(pooled(moved)) == pytest.approx(bounds(pooled(one)), abs=0.05)
 
 
 def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:

@@ -21,11 +21,13 @@ from drafter.decoder import TargetDecoder
 from drafter.eagle3 import Drafter
 from drafter.errors import UsageError
 from drafter.families import read_rope
+from drafter.rounding import check_finite
 from drafter.vocabulary import check_draft_ids
 
 TAP_IDS = ("input", "output")  # what layer ids name: vLLM, speculators; SGLang, SpecForge
 NORM_OUTPUT = ("fed-back", "head")  # what `norm_output` norms: EAGLE-3.1, all engines; SpecForge
 _MAPS = ("d2t", "t2d")
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Other names of the variants: an older SGLang's, TensorRT-LLM's.
 _ALIASES = {"use_aux_norm": "fc_norm", "return_hidden_post_norm": "norm_output"}
 _OLD_NORMS = {f"aux_norm_{which}": f"fc_norm.{i}" for i, which in enumerate(("low", "mid", "high"))}
@@ -51,8 +53,9 @@ def read_eagle3(
     variants = _variants(configs, norm_output, folder)
     _check_target(found, layer, target.config, folder)
     tensors = _own_names(dict(read_tensors(folder)))
-    if whole := [n for n, t in tensors.items() if n not in _MAPS and not t.is_floating_point()]:
-        raise UsageError(f"{folder}: {whole[0]} is {tensors[whole[0]].dtype}, not floating point.")
+    for name, tensor in tensors.items():
+        if name not in _MAPS:
+            _check_values(name, tensor, folder)
     _drop_embedding(tensors, target, folder)
     ids = _draft_ids(tensors, target.config.vocab_size, folder)
     taps = _taps(found, target.config, tap_ids, folder)
@@ -64,6 +67,15 @@ def read_eagle3(
         tensors["lm_head.draft_ids"] = ids
     fill(model, tensors, folder)
     return model.eval()
+
+
+def _check_values(name: str, tensor: Tensor, where: Path) -> None:
+    """Raise UsageError for weights that are no plain floating-point numbers, or not finite."""
+    if tensor.dtype not in _FLOATS:
+        raise UsageError(
+            f"{where}: {name} is {tensor.dtype}; float16, bfloat16 or float32 is needed."
+        )
+    check_finite(name, tensor, str(where))
 
 
 def _object(config: dict[str, Any], name: str, where: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,6 +140,8 @@ def _read(
     inputs: dict[str, str],
     arguments: dict[str, str | None],
 ) -> None:
+    import torch
+
     from drafter.checkpoint import load_target, save_drafter
     from drafter.published import read_eagle3
 
@@ -150,8 +153,9 @@ def _read(
             update={"tokenizer_sha256": vocabulary_sha256(target.path / "tokenizer.json")}
         )
         with write_artifact(out, DRAFTER_KIND, target.name, inputs, arguments, {}) as temporary:
-            widest = max((p.dtype for p in drafter.parameters()), key=lambda kind: kind.itemsize)
-            save_drafter(drafter, temporary, widest)
+            # holds them all to the bit: of float16 and bfloat16 that is float32
+            dtypes = (parameter.dtype for parameter in drafter.parameters())
+            save_drafter(drafter, temporary, reduce(torch.promote_types, dtypes))
 
 
 def _public_name(target: TargetFolder) -> str:

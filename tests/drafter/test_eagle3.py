@@ -137,6 +137,17 @@ def test_a_checkpoint_comes_back_and_holds_no_target_weight(head: str, tmp_path:
         assert torch.equal(value, drafter.state_dict()[name])
 
 
+@torch.no_grad()
+def test_weights_too_large_for_the_file_are_refused_and_leave_nothing(tmp_path: Path) -> None:
+    drafter = tiny_drafter(TARGET)
+    drafter.fc.weight[0, 0] = -70_000.0
+    with pytest.raises(UsageError, match=r"largest value of fc\.weight is 70000, but float16"):
+        save_drafter(drafter, tmp_path)
+    assert not list(tmp_path.iterdir())
+    save_drafter(drafter, tmp_path, torch.float32)
+    assert load_drafter(tmp_path, TARGET).fc.weight[0, 0] == -70_000.0
+
+
 def test_missing_and_unexpected_keys_are_errors(tmp_path: Path) -> None:
     save_drafter(tiny_drafter(TARGET), tmp_path)
     path = tmp_path / "model.safetensors"

@@ -213,6 +213,17 @@ def test_a_config_that_cannot_be_is_one_sentence(
     ("name", "value", "words"),
     [
         ("fc.weight", torch.zeros(32, 96, dtype=torch.int8), "fc.weight is torch.int8"),
+        ("fc.weight", torch.zeros(32, 96).to(torch.float8_e5m2), "fc.weight is torch.float8_e5m2"),
+        (
+            "fc.weight",
+            torch.full((32, 96), torch.inf),
+            r"fc\.weight holds values that are not finite",
+        ),
+        (
+            "lm_head.weight",
+            torch.full((61, 32), torch.nan),
+            r"lm_head\.weight holds values that are",
+        ),
         ("d2t", torch.zeros(4, 4, dtype=torch.int64), "d2t is torch.int64"),
         ("d2t", torch.zeros(20), "d2t is torch.float32"),
         ("fc.weight", torch.zeros(32, 128), r"\[32, 128\], but 3 taps of this target are 96 wide"),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from drafter.artifact import read_artifact
@@ -151,6 +152,25 @@ def test_an_import_is_made_anew_where_its_source_or_its_meaning_changed(
     save_file(tensors | {"norm.weight": tensors["norm.weight"] * 2}, theirs / "model.safetensors")
     assert read("output").json["up_to_date"] is False
     assert read("output").json["up_to_date"] is True
+
+
+def test_an_import_keeps_weights_of_several_dtypes_to_the_bit(
+    export: Any, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    """float16 and bfloat16 are equally wide, and neither holds the other's values."""
+    theirs, ours = tmp_path / "out", tmp_path / "ours"
+    assert export("vllm", "--precision=fp32").code == 0
+    tensors = load_file(theirs / "model.safetensors")
+    mixed = {n: t.to(torch.bfloat16 if "norm" in n else torch.float16) for n, t in tensors.items()}
+    mixed["norm.weight"] = mixed["norm.weight"] * 2.0**17  # more than float16 holds
+    mixed["fc.weight"][0, 0] = 1 + 2.0**-10  # finer than bfloat16
+    save_file(mixed, theirs / "model.safetensors")
+    reading = ("import-drafter", theirs, f"--target={tiny_llama_dir}", "--tap-ids=input")
+    result = run_command(*reading, f"--out={ours}")
+    assert result.code == 0, result.err
+    kept = load_file(ours / "model.safetensors")
+    for name, tensor in mixed.items():
+        assert torch.equal(kept[name], tensor.float()), name
 
 
 def test_a_drafter_of_another_target_is_neither_imported_nor_started_from(

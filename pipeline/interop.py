@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from drafter.eagle3 import Drafter
 
 KIND = "eagle3"
+IMPORTED = "drafter-imported"  # folder in the target's workspace
 _PROMPTS = 16
 
 
@@ -113,10 +114,12 @@ def import_stage(
 ) -> ArtifactReport:
     """Read a published EAGLE-3 checkpoint into a drafter artifact, or find it read. Raises
     UsageError.
+
+    Not to where `pipeline train` writes by default: hours of work would be replaced.
     """
     if not (source / "config.json").is_file():
         raise UsageError(f"{source} has no config.json; give the folder of a checkpoint.")
-    out = (out or target_workspace(target) / "drafter").resolve()
+    out = (out or target_workspace(target) / IMPORTED).resolve()
     refuse_foreign(out, DRAFTER_KIND)
     inputs = {"target": target.fingerprint, "checkpoint": _checkpoint_hash(source)}
     arguments = {"tap_ids": tap_ids, "norm_output": norm_output}

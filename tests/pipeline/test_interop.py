@@ -5,6 +5,7 @@ alike they are.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from drafter.artifact import read_artifact
+from pipeline.stages import fetch_target
+from pipeline.workspace import target_workspace
 from tests.pipeline.command import Result, assert_refused, run_command
 from tests.pipeline.conftest import run_arguments
 from tests.tiny_llama import write_tiny_llama
@@ -152,6 +155,20 @@ def test_an_import_is_made_anew_where_its_source_or_its_meaning_changed(
     save_file(tensors | {"norm.weight": tensors["norm.weight"] * 2}, theirs / "model.safetensors")
     assert read("output").json["up_to_date"] is False
     assert read("output").json["up_to_date"] is True
+
+
+def test_an_import_leaves_the_trained_drafter_alone(
+    export: Any, cache: Path, tiny_llama_dir: Path, tiny_drafter_dir: Path, tmp_path: Path
+) -> None:
+    assert export("vllm").code == 0
+    workspace = target_workspace(fetch_target(str(tiny_llama_dir)))
+    shutil.copytree(tiny_drafter_dir, workspace / "drafter")
+    trained = read_artifact(workspace / "drafter", "drafter")
+    target = f"--target={tiny_llama_dir}"
+    read = run_command("import-drafter", tmp_path / "out", target, "--tap-ids=input")
+    assert read.code == 0, read.err
+    assert Path(read.out.strip()) == (workspace / "drafter-imported").resolve()
+    assert read_artifact(workspace / "drafter", "drafter") == trained
 
 
 def test_an_import_keeps_weights_of_several_dtypes_to_the_bit(

@@ -32,10 +32,11 @@ if TYPE_CHECKING:
 
     from drafter.decoder import TargetDecoder
     from drafter.eagle3 import Drafter
+    from drafter.tokenizer import ChatTokenizer
 
 KIND = "eagle3"
 IMPORTED = "drafter-imported"  # folder in the target's workspace
-_PROMPTS = 16
+_PROMPTS = 8  # all there are
 
 
 def interop_stage(
@@ -208,7 +209,7 @@ def _states(
     from drafter.tokenizer import ChatTokenizer
 
     tokenizer = ChatTokenizer.load(target.path)
-    texts = [tokenizer.encode(prompt.text) for prompt in own_prompts(_PROMPTS).prompts]
+    texts = [_prompt_ids(tokenizer, prompt.text) for prompt in own_prompts(_PROMPTS).prompts]
     found = {
         "normal": normal_states(drafter),
         "prompts": captured_states(
@@ -218,6 +219,13 @@ def _states(
     if corpus is not None:
         found["corpus"] = captured_states(drafter, read_captured(corpus))
     return {name: states.to(torch.float32) for name, states in found.items()}
+
+
+def _prompt_ids(tokenizer: ChatTokenizer, text: str) -> list[int]:
+    """A user's turn in the target's template; plain text for a base model, which has none."""
+    if not tokenizer.has_template:
+        return tokenizer.encode(text)
+    return tokenizer.apply_chat_template([{"role": "user", "content": text}])
 
 
 def said_of(agreements: list[dict[str, Any]]) -> list[str]:

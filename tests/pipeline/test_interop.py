@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from drafter.artifact import read_artifact
+from drafter.tokenizer import ChatTokenizer
+from pipeline.prompts import own_prompts
 from pipeline.stages import fetch_target
 from pipeline.workspace import target_workspace
 from tests.pipeline.command import Result, assert_refused, run_command
@@ -64,6 +66,18 @@ def test_how_alike_the_heads_are_is_said_and_stored(export: Any, tmp_path: Path)
     ]
     assert rows[1]["positions"] > 20
     assert read_artifact(tmp_path / "out", "eagle3").data["agreement"] == rows
+
+
+def test_prompts_are_compared_on_as_the_target_reads_them(
+    export: Any, tiny_llama_dir: Path
+) -> None:
+    """In its chat template: a drafter is never asked anything else."""
+    tokenizer = ChatTokenizer.load(tiny_llama_dir)
+    turns = [[{"role": "user", "content": p.text}] for p in own_prompts(8).prompts]
+    wanted = sum(len(tokenizer.apply_chat_template(turn)) - 1 for turn in turns)
+    rows = export("vllm", "--json").json["details"]["agreement"]
+    seen = {row["states"]: row["positions"] for row in rows}
+    assert seen["prompts"] == min(wanted, 2048)
 
 
 def test_the_same_export_again_is_up_to_date(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from drafter.capture import Captured
 from drafter.decoder import causal_mask
 from drafter.eagle3 import Drafter
+from drafter.errors import UsageError
 from drafter.heads.low_rank import LowRankHead
 from drafter.heads.top_k import largest
 from drafter.heads.truncated import TruncatedHead
@@ -137,11 +138,18 @@ def states_on(drafter: Drafter, ids: Tensor, taps: Tensor) -> Tensor:
 
 
 def captured_states(drafter: Drafter, documents: Sequence[Captured], count: int = 2048) -> Tensor:
-    """The same on the first captured documents, at most `count` of them: [N, H]."""
+    """The same on the first captured documents, at most `count` of them: [N, H]. Raises UsageError
+    where no document has two tokens.
+    """
     found: list[Tensor] = []
     for document in documents:
         if len(document.ids) > 1:
             found.append(states_on(drafter, document.ids, document.taps))
         if sum(map(len, found)) >= count:
             break
+    if not found:
+        raise UsageError(
+            f"none of the {len(documents)} captured documents has two tokens, and a drafter reads "
+            "the states before the second; give a corpus with longer ones."
+        )
     return torch.cat(found)[:count]

@@ -32,7 +32,7 @@ from drafter.errors import MissingError, UsageError
 SCHEMA = 1
 MANIFEST = "manifest.json"
 Verify = Literal[True, False, "size"]
-_OUR_BEGINNING = re.compile(rb'\s*\{\s*"schema":\s*\d+,\s*"kind":\s*"([a-z]+)"')
+_OUR_BEGINNING = re.compile(rb'\s*\{\s*"schema":\s*\d+,\s*"kind":\s*"([a-z0-9-]+)"')
 _CHUNK = 1 << 20
 
 

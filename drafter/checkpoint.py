@@ -22,6 +22,7 @@ from drafter.eagle3 import Drafter
 from drafter.errors import UsageError
 from drafter.families import read_target_config
 from drafter.heads.truncated import TruncatedHead
+from drafter.rounding import rounded
 from drafter.sources.folder import WEIGHTS
 from drafter.sources.folder import weight_files as weight_files  # noqa: PLC0414 - part of this module
 from drafter.vocabulary import check_draft_ids
@@ -116,11 +117,12 @@ def _some(names: list[str]) -> str:
 
 
 def save_drafter(model: Drafter, folder: Path, dtype: torch.dtype = torch.float16) -> None:
-    """Write `config.json` and `model.safetensors` into an existing folder, weights as `dtype`."""
-    tensors = {
-        k: (v.detach().to(dtype) if v.is_floating_point() else v).contiguous()
-        for k, v in model.state_dict().items()
-    }
+    """Write `config.json` and `model.safetensors` into an existing folder, weights as `dtype`.
+
+    Raises UsageError for weights that are not finite as `dtype`; `rounding.narrowest` holds them.
+    """
+    mend = "save them as float32"
+    tensors = rounded(model.state_dict(), dtype, "this drafter's weights", mend)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     text = json.dumps(model.config.model_dump(mode="json"), indent=2) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")

@@ -31,12 +31,12 @@ class RopeConfig(BaseModel):
     """Rotary embedding: base and, for `llama3` scaling, the four numbers of that rule."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    theta: float = 10_000.0
+    theta: float = Field(default=10_000.0, gt=0, allow_inf_nan=False)
     kind: Literal["default", "linear", "llama3"] = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_positions: int = 8192
+    factor: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    low_freq_factor: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    high_freq_factor: float = Field(default=4.0, gt=0, allow_inf_nan=False)
+    original_max_positions: int = Field(default=8192, gt=0)
 
 
 class TargetConfig(BaseModel):
@@ -87,23 +87,23 @@ class DrafterConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     model_type: Literal["slimspec"] = "slimspec"
-    target_hidden_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    rms_norm_eps: float
+    target_hidden_size: int = Field(gt=0)
+    hidden_size: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0)
+    num_heads: int = Field(gt=0)
+    num_kv_heads: int = Field(gt=0)
+    head_dim: int = Field(gt=0, multiple_of=2)  # rotary positions turn pairs
+    vocab_size: int = Field(gt=0)
+    rms_norm_eps: float = Field(gt=0, allow_inf_nan=False)
     rope: RopeConfig
-    taps: tuple[int, ...]
-    target_layers: int
+    taps: tuple[int, ...] = Field(min_length=1)
+    target_layers: int = Field(gt=0)
     head: str = "low_rank"
     lm_head_rank: int | None = None
     rescore: int = 0
     draft_vocab_size: int | None = None
-    top_k: int = 16
-    max_positions: int = 8192
+    top_k: int = Field(default=16, gt=0)
+    max_positions: int = Field(default=8192, gt=0)
     tokenizer_sha256: str | None = None
     fc_norm: bool = False
     norm_before_fc: bool = False
@@ -117,14 +117,28 @@ class DrafterConfig(BaseModel):
         return {name: value for name, value in fields.items() if value or name not in VARIANTS}
 
     @model_validator(mode="after")
-    def _consistent(self) -> DrafterConfig:
+    def _layer_fits(self) -> DrafterConfig:
         for tap in self.taps:
             if not 0 <= tap < self.target_layers:
                 raise ValueError(
                     f"tap id {tap} is out of range: the target has {self.target_layers} layers, "
                     f'so tap ids ("input of layer i") run from 0 to {self.target_layers - 1}'
                 )
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}"
+            )
+        if self.fc_norm and self.norm_before_fc:
+            raise ValueError("fc_norm and norm_before_fc exclude each other; choose one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _head_fits(self) -> DrafterConfig:
+        if self.top_k > self.vocab_size:
+            raise ValueError(f"top_k {self.top_k} exceeds the vocabulary ({self.vocab_size})")
         rank = self.lm_head_rank
+        if self.head != "low_rank" and rank is not None:
+            raise ValueError(f"lm_head_rank {rank} does not go with head '{self.head}'")
         if rank is not None and not 0 < rank <= self.hidden_size:
             raise ValueError(
                 f"lm_head_rank {rank} must be between 1 and the hidden size {self.hidden_size}"
@@ -137,6 +151,12 @@ class DrafterConfig(BaseModel):
                 f"draft_vocab_size {size} must be between top_k ({self.top_k}) and the vocabulary "
                 f"({self.vocab_size})"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _rescoring_fits(self) -> DrafterConfig:
+        if self.rescore and self.head != "low_rank":
+            raise ValueError(f"rescore {self.rescore} does not go with head '{self.head}'")
         if self.rescore < 0 or 0 < self.rescore < self.top_k:
             raise ValueError(
                 f"rescore {self.rescore} must be 0 (off) or at least top_k ({self.top_k})"
@@ -148,8 +168,6 @@ class DrafterConfig(BaseModel):
                 f"rescore needs equal hidden sizes: drafter {self.hidden_size}, "
                 f"target {self.target_hidden_size}"
             )
-        if self.fc_norm and self.norm_before_fc:
-            raise ValueError("fc_norm and norm_before_fc exclude each other; choose one of them")
         return self
 
     @property
@@ -212,7 +230,9 @@ def checked_drafter_config(fields: dict[str, Any], where: str) -> DrafterConfig:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "config"
         message = first["msg"].removeprefix("Value error, ")
-        raise UsageError(f"{where}: {field}: {message}.") from None
+        unsaid = first["type"] in ("missing", "value_error", "extra_forbidden")
+        found = "" if unsaid else f" is {first['input']!r:.80}"
+        raise UsageError(f"{where}: {field}{found}: {message}.") from None
 
 
 def read_drafter_config(folder: Path) -> DrafterConfig:

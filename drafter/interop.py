@@ -27,6 +27,7 @@ from drafter.eagle3 import Drafter
 from drafter.errors import UsageError
 from drafter.heads.low_rank import LowRankHead
 from drafter.heads.truncated import TruncatedHead
+from drafter.rounding import rounded
 from drafter.sources.folder import WEIGHTS
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -91,24 +92,27 @@ def write_eagle3(
     """Write `config.json` and `model.safetensors` into an existing folder.
 
     `target`: `name` and `architectures` of the model it drafts for. Raises UsageError for an
-    unknown layout or dtype, or a tap or variant that the layout cannot name.
+    unknown layout or dtype, a tap or variant that the layout cannot name, or weights that are not
+    finite as `dtype`.
     """
     check_format(layout, dtype, drafter.config)
     chosen = LAYOUTS[layout]
     config = chosen.config(drafter.config, target) | {"torch_dtype": _torch_name(dtype)}
     tensors = {
-        name.replace("midlayer.", chosen.layer, 1): tensor.detach().to(DTYPES[dtype]).contiguous()
+        name.replace("midlayer.", chosen.layer, 1): tensor
         for name, tensor in drafter.state_dict().items()
         if not name.startswith("lm_head.")
     }
-    tensors["lm_head.weight"] = dense_head(drafter).to(DTYPES[dtype])
+    tensors["lm_head.weight"] = dense_head(drafter)
+    if chosen.embedding:
+        tensors["embed_tokens.weight"] = drafter.target_embedding[0]
+    mend = "choose --precision bf16, which ends where fp32 does"
+    tensors = rounded(tensors, DTYPES[dtype], "this drafter's weights", mend)
     head, vocab = drafter.lm_head, drafter.config.vocab_size
     if isinstance(head, TruncatedHead) or chosen.identity_maps:
         ids = head.draft_ids if isinstance(head, TruncatedHead) else torch.arange(vocab)
         tensors["d2t"] = ids - torch.arange(len(ids))  # target id = draft id + d2t
         tensors["t2d"] = torch.isin(torch.arange(vocab), ids)
-    if chosen.embedding:
-        tensors["embed_tokens.weight"] = drafter.target_embedding[0].to(DTYPES[dtype]).contiguous()
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

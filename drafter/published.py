@@ -21,11 +21,13 @@ from drafter.decoder import TargetDecoder
 from drafter.eagle3 import Drafter
 from drafter.errors import UsageError
 from drafter.families import read_rope
+from drafter.rounding import check_finite
 from drafter.vocabulary import check_draft_ids
 
 TAP_IDS = ("input", "output")  # what layer ids name: vLLM, speculators; SGLang, SpecForge
 NORM_OUTPUT = ("fed-back", "head")  # what `norm_output` norms: EAGLE-3.1, all engines; SpecForge
 _MAPS = ("d2t", "t2d")
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Other names of the variants: an older SGLang's, TensorRT-LLM's.
 _ALIASES = {"use_aux_norm": "fc_norm", "return_hidden_post_norm": "norm_output"}
 _OLD_NORMS = {f"aux_norm_{which}": f"fc_norm.{i}" for i, which in enumerate(("low", "mid", "high"))}
@@ -51,10 +53,11 @@ def read_eagle3(
     variants = _variants(configs, norm_output, folder)
     _check_target(found, layer, target.config, folder)
     tensors = _own_names(dict(read_tensors(folder)))
-    if whole := [n for n, t in tensors.items() if n not in _MAPS and not t.is_floating_point()]:
-        raise UsageError(f"{folder}: {whole[0]} is {tensors[whole[0]].dtype}, not floating point.")
+    for name, tensor in tensors.items():
+        if name not in _MAPS:
+            _check_values(name, tensor, folder)
     _drop_embedding(tensors, target, folder)
-    ids = _draft_ids(tensors, target.config.vocab_size, folder)
+    ids = _draft_ids(tensors, found.get("draft_vocab_size"), target.config.vocab_size, folder)
     taps = _taps(found, target.config, tap_ids, folder)
     _check_sizes(tensors, len(taps), target.config, folder)
     config = _native_config(layer, tensors, ids, target.config, folder, taps=taps, **variants)
@@ -64,6 +67,15 @@ def read_eagle3(
         tensors["lm_head.draft_ids"] = ids
     fill(model, tensors, folder)
     return model.eval()
+
+
+def _check_values(name: str, tensor: Tensor, where: Path) -> None:
+    """Raise UsageError for weights that are no plain floating-point numbers, or not finite."""
+    if tensor.dtype not in _FLOATS:
+        raise UsageError(
+            f"{where}: {name} is {tensor.dtype}; float16, bfloat16 or float32 is needed."
+        )
+    check_finite(name, tensor, str(where))
 
 
 def _object(config: dict[str, Any], name: str, where: Path) -> dict[str, Any]:
@@ -174,16 +186,50 @@ def _drop_embedding(tensors: dict[str, Tensor], target: TargetDecoder, where: Pa
     )
 
 
-def _draft_ids(tensors: dict[str, Tensor], vocab_size: int, where: Path) -> Tensor | None:
-    """Target ids of the draft ids; None where they are the whole vocabulary in order."""
-    tensors.pop("t2d", None)  # says the same as d2t
-    differences = tensors.pop("d2t", None)
+def _draft_ids(
+    tensors: dict[str, Tensor], said: Any, vocab_size: int, where: Path
+) -> Tensor | None:
+    """Target ids of the draft ids; None where they are the whole vocabulary in order.
+
+    `said`: the config's `draft_vocab_size`. Raises UsageError where it, `d2t`, `t2d` and the head's
+    rows contradict each other.
+    """
+    drafted, differences = tensors.pop("t2d", None), tensors.pop("d2t", None)
+    head = tensors.get("lm_head.weight")
+    rows = vocab_size if head is None else head.shape[0] if head.ndim else 0
+    if said is not None and (isinstance(said, bool) or said != rows):
+        whose = "the target's head, for there is no lm_head.weight," if head is None else "its head"
+        raise UsageError(
+            f"{where}/config.json: draft_vocab_size is {said!r:.80}, but {whose} has {rows} rows."
+        )
     if differences is None:
+        _check_mask(drafted, torch.arange(vocab_size), vocab_size, where)
         return None
     if differences.ndim != 1 or differences.is_floating_point():
         raise UsageError(f"{where}: d2t is {differences.dtype} {list(differences.shape)}, not ids.")
-    ids = torch.arange(len(differences)) + differences.long()
-    return None if len(ids) == vocab_size and not differences.any() else ids
+    if len(differences) != rows:
+        raise UsageError(
+            f"{where}: d2t names {len(differences)} tokens, but the head has {rows} rows"
+            f"{'; its lm_head.weight is missing' if head is None else ''}."
+        )
+    ids = torch.arange(rows) + differences.long()
+    _check_mask(drafted, ids, vocab_size, where)
+    whole = rows == vocab_size and not differences.any()
+    if head is None and not whole:
+        raise UsageError(f"{where}: d2t reorders the tokens of a head that is not in the file.")
+    return None if whole else ids
+
+
+def _check_mask(drafted: Tensor | None, ids: Tensor, vocab_size: int, where: Path) -> None:
+    """Raise UsageError where t2d, a mask over the target's tokens, marks others than `ids`."""
+    if drafted is None:
+        return
+    wanted = torch.isin(torch.arange(vocab_size), ids)
+    if drafted.shape != wanted.shape or not torch.equal(drafted.bool(), wanted):
+        raise UsageError(
+            f"{where}: t2d marks {int(drafted.bool().sum())} of {drafted.numel()} tokens, not "
+            f"those {len(ids)} of {vocab_size} that d2t or the head names."
+        )
 
 
 def _taps(
@@ -214,11 +260,13 @@ def _native_config(
     where: Path,
     **more: Any,
 ) -> DrafterConfig:
-    sizes = ("hidden_size", "intermediate_size", "num_attention_heads")
-    for name in sizes:
-        if not isinstance(layer.get(name), int) or layer[name] < 1:
+    needed = ("hidden_size", "intermediate_size", "num_attention_heads")
+    implied = ("num_key_value_heads", "head_dim", "max_position_embeddings")
+    for name in (*needed, *(key for key in implied if layer.get(key) is not None)):
+        value = layer.get(name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise UsageError(
-                f"{where}/config.json: {name} is {layer.get(name)!r}, a whole number is needed."
+                f"{where}/config.json: {name} is {value!r:.80}, a whole number above 0 is needed."
             )
     heads = layer["num_attention_heads"]
     head = "target" if "lm_head.weight" not in tensors else "dense" if ids is None else "truncated"
@@ -227,11 +275,11 @@ def _native_config(
         hidden_size=layer["hidden_size"],
         intermediate_size=layer["intermediate_size"],
         num_heads=heads,
-        num_kv_heads=layer.get("num_key_value_heads", heads),
+        num_kv_heads=layer.get("num_key_value_heads") or heads,
         head_dim=layer.get("head_dim") or layer["hidden_size"] // heads,
         rms_norm_eps=layer.get("rms_norm_eps", 1e-6),
         rope=read_rope(layer, str(where)),
-        max_positions=layer.get("max_position_embeddings", target.max_positions),
+        max_positions=layer.get("max_position_embeddings") or target.max_positions,
         head=head,
         draft_vocab_size=len(ids) if head == "truncated" and ids is not None else None,
         **more,

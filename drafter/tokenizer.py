@@ -109,6 +109,11 @@ class ChatTokenizer:
         token = self._tokenizer.id_to_token(token_id)
         return b"" if token is None else self._bytes_of(token)
 
+    @property
+    def has_template(self) -> bool:
+        """Whether the target says how dialogues are written; base models do not."""
+        return self._template is not None
+
     def knows(self, option: str) -> bool:
         """Whether the chat template reads a variable of that name, such as `enable_thinking`."""
         if self._template is None:

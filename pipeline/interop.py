@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,9 +32,11 @@ if TYPE_CHECKING:
 
     from drafter.decoder import TargetDecoder
     from drafter.eagle3 import Drafter
+    from drafter.tokenizer import ChatTokenizer
 
 KIND = "eagle3"
-_PROMPTS = 16
+IMPORTED = "drafter-imported"  # folder in the target's workspace
+_PROMPTS = 8  # all there are
 
 
 def interop_stage(
@@ -112,10 +115,12 @@ def import_stage(
 ) -> ArtifactReport:
     """Read a published EAGLE-3 checkpoint into a drafter artifact, or find it read. Raises
     UsageError.
+
+    Not to where `pipeline train` writes by default: hours of work would be replaced.
     """
     if not (source / "config.json").is_file():
         raise UsageError(f"{source} has no config.json; give the folder of a checkpoint.")
-    out = (out or target_workspace(target) / "drafter").resolve()
+    out = (out or target_workspace(target) / IMPORTED).resolve()
     refuse_foreign(out, DRAFTER_KIND)
     inputs = {"target": target.fingerprint, "checkpoint": _checkpoint_hash(source)}
     arguments = {"tap_ids": tap_ids, "norm_output": norm_output}
@@ -139,6 +144,8 @@ def _read(
     inputs: dict[str, str],
     arguments: dict[str, str | None],
 ) -> None:
+    import torch
+
     from drafter.checkpoint import load_target, save_drafter
     from drafter.published import read_eagle3
 
@@ -150,8 +157,9 @@ def _read(
             update={"tokenizer_sha256": vocabulary_sha256(target.path / "tokenizer.json")}
         )
         with write_artifact(out, DRAFTER_KIND, target.name, inputs, arguments, {}) as temporary:
-            widest = max((p.dtype for p in drafter.parameters()), key=lambda kind: kind.itemsize)
-            save_drafter(drafter, temporary, widest)
+            # holds them all to the bit: of float16 and bfloat16 that is float32
+            dtypes = (parameter.dtype for parameter in drafter.parameters())
+            save_drafter(drafter, temporary, reduce(torch.promote_types, dtypes))
 
 
 def _public_name(target: TargetFolder) -> str:
@@ -201,7 +209,7 @@ def _states(
     from drafter.tokenizer import ChatTokenizer
 
     tokenizer = ChatTokenizer.load(target.path)
-    texts = [tokenizer.encode(prompt.text) for prompt in own_prompts(_PROMPTS).prompts]
+    texts = [_prompt_ids(tokenizer, prompt.text) for prompt in own_prompts(_PROMPTS).prompts]
     found = {
         "normal": normal_states(drafter),
         "prompts": captured_states(
@@ -211,6 +219,13 @@ def _states(
     if corpus is not None:
         found["corpus"] = captured_states(drafter, read_captured(corpus))
     return {name: states.to(torch.float32) for name, states in found.items()}
+
+
+def _prompt_ids(tokenizer: ChatTokenizer, text: str) -> list[int]:
+    """A user's turn in the target's template; plain text for a base model, which has none."""
+    if not tokenizer.has_template:
+        return tokenizer.encode(text)
+    return tokenizer.apply_chat_template([{"role": "user", "content": text}])
 
 
 def said_of(agreements: list[dict[str, Any]]) -> list[str]:

@@ -321,10 +321,16 @@ def _write(
     data: dict[str, Any],
     log: Path,
 ) -> None:
-    from drafter.checkpoint import save_drafter
+    import torch
 
+    from drafter.checkpoint import save_drafter
+    from drafter.rounding import narrowest
+
+    dtype = narrowest(drafter)
+    if dtype != torch.float16:
+        note("some weights are larger than float16 can hold; all are saved as float32")
     with write_artifact(out, DRAFTER_KIND, name, inputs, arguments, data) as folder:
-        save_drafter(drafter, folder)
+        save_drafter(drafter, folder, dtype)
         shutil.copyfile(log, folder / _LOG)
 
 

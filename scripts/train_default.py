@@ -35,6 +35,7 @@ from drafter.documents import Documents  # noqa: E402
 from drafter.eagle3 import Drafter  # noqa: E402
 from drafter.families import read_target_config  # noqa: E402
 from drafter.generate import GenerateConfig, generate_corpus, self_prompts  # noqa: E402
+from drafter.rounding import narrowest  # noqa: E402
 from drafter.sources.gguf import GgufFile, convert_gguf  # noqa: E402
 from drafter.start import start_drafter  # noqa: E402
 from drafter.tokenizer import ChatTokenizer, vocabulary_sha256  # noqa: E402
@@ -196,7 +197,7 @@ def _write(
     found = measure_acceptance(drafter.place("cpu").eval(), list(held_out), config.draft_steps)
     out = args.out / "drafter"
     out.mkdir(exist_ok=True)
-    save_drafter(drafter, out)
+    save_drafter(drafter, out, narrowest(drafter))
     (out / "log.jsonl").write_bytes((args.out / "run" / "log.jsonl").read_bytes())
     card = {
         "training": config.model_dump(mode="json"),

@@ -143,6 +143,9 @@ def import_drafter(
 ) -> None:
     """Read a published EAGLE-3 checkpoint as a drafter of ours. Prints the drafter folder.
 
+    Without --out that is drafter-imported in the cache's workspace, beside what `train` made; give
+    it to --drafter.
+
     \b
     Examples:
       pipeline import-drafter ./EAGLE3-llama --target ./my-llama --tap-ids input

@@ -66,7 +66,8 @@ Precision = Annotated[
     str | None,
     option(
         "--precision",
-        help="Weights: fp32; int8-preview or int8-drafter (the text stays that of fp32); int8.",
+        help="Weights: fp32; int8-preview, int8-factors or int8-drafter (the text stays that of "
+        "fp32); int8.",
         default=default(BuildOptions, "precision"),
     ),
 ]

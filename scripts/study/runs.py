@@ -30,6 +30,7 @@ from drafter.corpus import read_shard, shards
 from drafter.decoder import TargetDecoder
 from drafter.errors import UsageError
 from drafter.replay import replay
+from drafter.rounding import narrowest
 from drafter.sources.folder import weights_fingerprint
 from drafter.start import start_drafter
 from drafter.tokenizer import ChatTokenizer
@@ -118,7 +119,7 @@ def run(study: Study, variant: Variant) -> str:
     }
     folder = study.drafter(variant)
     folder.mkdir(parents=True, exist_ok=True)
-    save_drafter(drafter, folder)
+    save_drafter(drafter, folder, narrowest(drafter))
     atomic_write_json(study.result(variant), figures)
     shutil.rmtree(runs)
     return f"{variant.name}: {len(log)} steps, alpha {log[-1]['alpha'][0]:.3f} in training"

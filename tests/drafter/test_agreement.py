@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from drafter.agreement import agreements, captured_states, normal_states
+from drafter.capture import capture
+from drafter.corpus import document
+from drafter.errors import UsageError
 from drafter.heads.low_rank import LowRankHead
 from drafter.heads.truncated import TruncatedHead
 from drafter.interop import dense_head
@@ -80,3 +83,11 @@ def test_a_corpus_gives_the_states_that_the_drafter_has_on_it() -> None:
         wanted = drafter.head_input(states[:count])
     torch.testing.assert_close(found[:count], wanted, atol=1e-5, rtol=1e-4)
     assert len(captured_states(drafter, documents, count=5)) == 5
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_documents_without_a_second_token_are_refused(count: int) -> None:
+    one = document([5], [])
+    seen = list(capture(TARGET, [one] * count))
+    with pytest.raises(UsageError, match=f"none of the {count} captured documents has two tokens"):
+        captured_states(tiny_drafter(TARGET), seen)

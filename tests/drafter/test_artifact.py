@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -176,12 +177,28 @@ def test_a_folder_of_something_else_is_never_replaced(tmp_path: Path) -> None:
     read_artifact(tmp_path / "out", "engine")
 
 
-def test_a_damaged_artifact_of_ours_is_mended_by_writing_it_again(tmp_path: Path) -> None:
-    write(tmp_path / "out")
+def kinds() -> list[str]:
+    """Every kind of artifact that the project's modules name."""
+    root = Path(artifact.__file__).parents[1]
+    floors = ("drafter", "export", "engines", "runtime", "pipeline")
+    sources = [path.read_text() for floor in floors for path in (root / floor).rglob("*.py")]
+    named = re.compile(r'^(?:[A-Z]+_)?KIND = "(.+)"$', re.MULTILINE)
+    return sorted({kind for source in sources for kind in named.findall(source)})
+
+
+def test_the_kinds_are_found() -> None:
+    assert {"corpus", "drafter", "eagle3", "engine", "export", "target"} <= {*kinds()}
+
+
+@pytest.mark.parametrize("kind", kinds())
+def test_a_damaged_artifact_of_ours_is_mended_by_writing_it_again(
+    tmp_path: Path, kind: str
+) -> None:
+    write(tmp_path / "out", kind=kind)
     written = (tmp_path / "out" / MANIFEST).read_text()
     (tmp_path / "out" / MANIFEST).write_text(written[: len(written) // 2])
-    write(tmp_path / "out")
-    read_artifact(tmp_path / "out", "graphs")
+    write(tmp_path / "out", kind=kind)
+    read_artifact(tmp_path / "out", kind)
 
 
 @pytest.mark.parametrize(

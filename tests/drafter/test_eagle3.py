@@ -137,6 +137,17 @@ def test_a_checkpoint_comes_back_and_holds_no_target_weight(head: str, tmp_path:
         assert torch.equal(value, drafter.state_dict()[name])
 
 
+@torch.no_grad()
+def test_weights_too_large_for_the_file_are_refused_and_leave_nothing(tmp_path: Path) -> None:
+    drafter = tiny_drafter(TARGET)
+    drafter.fc.weight[0, 0] = -70_000.0
+    with pytest.raises(UsageError, match=r"largest value of fc\.weight is 70000, but float16"):
+        save_drafter(drafter, tmp_path)
+    assert not list(tmp_path.iterdir())
+    save_drafter(drafter, tmp_path, torch.float32)
+    assert load_drafter(tmp_path, TARGET).fc.weight[0, 0] == -70_000.0
+
+
 def test_missing_and_unexpected_keys_are_errors(tmp_path: Path) -> None:
     save_drafter(tiny_drafter(TARGET), tmp_path)
     path = tmp_path / "model.safetensors"
@@ -170,6 +181,20 @@ def test_a_drafter_of_another_target_is_refused(tmp_path: Path) -> None:
     [
         ({"lm_head_rank": 33}, "lm_head_rank 33 must be between 1 and the hidden size 32"),
         ({"taps": (1, 8)}, "tap id 8 is out of range"),
+        ({"head_dim": -3}, "head_dim is -3: Input should be a multiple"),
+        ({"head_dim": -8}, "head_dim is -8: Input should be greater than 0"),
+        ({"head_dim": 7}, "head_dim is 7: Input should be a multiple of 2"),
+        ({"hidden_size": 0}, "hidden_size is 0"),
+        ({"num_heads": 0}, "num_heads is 0"),
+        ({"num_heads": 5}, "num_heads 5 must be a multiple of num_kv_heads 2"),
+        ({"taps": ()}, "taps is .*at least 1 item"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"top_k": VOCAB + 1}, "top_k 62 exceeds the vocabulary"),
+        ({"max_positions": 0}, "max_positions is 0"),
+        ({"rms_norm_eps": -1.0}, r"rms_norm_eps is -1\.0"),
+        ({"rope": {"theta": 0.0}}, r"rope\.theta is 0\.0"),
+        ({"head": "dense", "rescore": 40}, "rescore 40 does not go with head 'dense'"),
+        ({"head": "target", "lm_head_rank": 8}, "lm_head_rank 8 does not go with head 'target'"),
         ({"rescore": 3}, "rescore 3 must be 0"),
         ({"rescore": 1000}, "rescore 1000 exceeds the vocabulary"),
         ({"fc_norm": True, "norm_before_fc": True}, "fc_norm and norm_before_fc exclude each"),

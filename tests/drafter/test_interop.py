@@ -141,3 +141,16 @@ def test_what_a_format_cannot_say_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="hidden size 16 is not its target's"):
         written(tmp_path, "vllm", **narrow)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["fc.weight", "lm_head.weight"])
+@torch.no_grad()
+def test_weights_that_half_precision_cannot_hold_are_refused(name: str, tmp_path: Path) -> None:
+    drafter = tiny_drafter(TARGET, head="dense")
+    drafter.state_dict()[name][0, 0] = 70_000.0
+    words = rf"largest value of {name} is 70000, but float16 ends at 65504; choose --precision bf16"
+    with pytest.raises(UsageError, match=words):
+        write_eagle3(drafter, tmp_path, "vllm", "fp16", ABOUT)
+    assert not list(tmp_path.iterdir())
+    write_eagle3(drafter, tmp_path, "vllm", "bf16", ABOUT)
+    assert load_file(tmp_path / "model.safetensors")[name].isfinite().all()

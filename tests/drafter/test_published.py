@@ -189,6 +189,11 @@ def test_a_variant_that_a_config_does_not_name_is_off(layout: str, tmp_path: Pat
         ({"eagle_aux_hidden_state_layer_ids": 3}, "is 3, a list of layers"),
         ({"eagle_aux_hidden_state_layer_ids": ["a"]}, "a list of layers"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0, a whole number above 0"),
+        ({"head_dim": -8}, "head_dim is -8, a whole number above 0"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings is 0, a whole number above 0"),
+        ({"draft_vocab_size": 60}, "draft_vocab_size is 60, but its head has 61 rows"),
+        ({"draft_vocab_size": "all"}, "draft_vocab_size is 'all', but its head has 61 rows"),
         ({"hidden_size": -1}, "hidden_size is -1"),
         ({"hidden_act": "gelu"}, "hidden_act to 'gelu', silu is needed"),
         ({"eagle_config": {"eh_proj_before_attn": True}}, "sets eh_proj_before_attn, a form"),
@@ -213,10 +218,28 @@ def test_a_config_that_cannot_be_is_one_sentence(
     ("name", "value", "words"),
     [
         ("fc.weight", torch.zeros(32, 96, dtype=torch.int8), "fc.weight is torch.int8"),
+        ("fc.weight", torch.zeros(32, 96).to(torch.float8_e5m2), "fc.weight is torch.float8_e5m2"),
+        (
+            "fc.weight",
+            torch.full((32, 96), torch.inf),
+            r"fc\.weight holds values that are not finite",
+        ),
+        (
+            "lm_head.weight",
+            torch.full((61, 32), torch.nan),
+            r"lm_head\.weight holds values that are",
+        ),
         ("d2t", torch.zeros(4, 4, dtype=torch.int64), "d2t is torch.int64"),
         ("d2t", torch.zeros(20), "d2t is torch.float32"),
         ("fc.weight", torch.zeros(32, 128), r"\[32, 128\], but 3 taps of this target are 96 wide"),
-        ("lm_head.weight", torch.zeros(60, 32), r"\[60, 32\], the config needs \[61, 32\]"),
+        ("lm_head.weight", torch.zeros(60, 32), "draft_vocab_size is 61, but its head has 60 rows"),
+        ("lm_head.weight", torch.zeros(61, 30), r"\[61, 30\], the config needs \[61, 32\]"),
+        (
+            "d2t",
+            torch.zeros(20, dtype=torch.int64),
+            "d2t names 20 tokens, but the head has 61 rows",
+        ),
+        ("t2d", torch.arange(61) < 20, "t2d marks 20 of 61 tokens, not those 61 of 61"),
     ],
 )
 def test_tensors_that_cannot_be_are_one_sentence(
@@ -252,6 +275,42 @@ def test_what_belongs_to_another_target_or_is_incomplete_is_refused(tmp_path: Pa
 
 def test_a_vocabulary_without_the_end_of_a_text_is_refused(tmp_path: Path) -> None:
     published(tmp_path, head="truncated", draft_vocab_size=20)
-    edit(tmp_path, lambda c, t: (c, t | {"d2t": t["d2t"] + 1}))  # 2 becomes 3
+    # 2 becomes 3
+    edit(tmp_path, lambda c, t: (c, t | {"d2t": t["d2t"] + 1, "t2d": t["t2d"].roll(1)}))
     with pytest.raises(UsageError, match="lacks token 2, which ends a text"):
+        read_eagle3(tmp_path, TARGET, "input")
+
+
+def without_head(config: Any, tensors: Any) -> Any:
+    return config, {name: t for name, t in tensors.items() if name != "lm_head.weight"}
+
+
+def test_a_reduced_vocabulary_without_its_head_is_not_a_full_one(tmp_path: Path) -> None:
+    published(tmp_path, head="truncated", draft_vocab_size=20)
+    edit(tmp_path, without_head)
+    with pytest.raises(
+        UsageError, match="draft_vocab_size is 20, but the target's head, for there"
+    ):
+        read_eagle3(tmp_path, TARGET, "input")
+    edit(tmp_path, lambda c, t: (c | {"draft_vocab_size": None}, t))
+    with pytest.raises(UsageError, match=r"d2t names 20 tokens, .* its lm_head\.weight is missing"):
+        read_eagle3(tmp_path, TARGET, "input")
+
+
+def test_a_reordered_vocabulary_without_its_head_is_refused(tmp_path: Path) -> None:
+    published(tmp_path)
+    edit(tmp_path, without_head)
+    swapped = torch.zeros(VOCAB, dtype=torch.int64)
+    swapped[0], swapped[1] = 1, -1
+    edit(tmp_path, lambda c, t: (c, t | {"d2t": swapped}))
+    with pytest.raises(
+        UsageError, match="d2t reorders the tokens of a head that is not in the file"
+    ):
+        read_eagle3(tmp_path, TARGET, "input")
+
+
+def test_maps_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
+    published(tmp_path, head="truncated", draft_vocab_size=20)
+    edit(tmp_path, lambda c, t: (c, t | {"t2d": t["t2d"].roll(1)}))
+    with pytest.raises(UsageError, match="t2d marks 20 of 61 tokens, not those 20 of 61 that d2t"):
         read_eagle3(tmp_path, TARGET, "input")

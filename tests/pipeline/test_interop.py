@@ -5,13 +5,19 @@ alike they are.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from drafter.artifact import read_artifact
+from drafter.tokenizer import ChatTokenizer
+from pipeline.prompts import own_prompts
+from pipeline.stages import fetch_target
+from pipeline.workspace import target_workspace
 from tests.pipeline.command import Result, assert_refused, run_command
 from tests.pipeline.conftest import run_arguments
 from tests.tiny_llama import write_tiny_llama
@@ -60,6 +66,18 @@ def test_how_alike_the_heads_are_is_said_and_stored(export: Any, tmp_path: Path)
     ]
     assert rows[1]["positions"] > 20
     assert read_artifact(tmp_path / "out", "eagle3").data["agreement"] == rows
+
+
+def test_prompts_are_compared_on_as_the_target_reads_them(
+    export: Any, tiny_llama_dir: Path
+) -> None:
+    """In its chat template: a drafter is never asked anything else."""
+    tokenizer = ChatTokenizer.load(tiny_llama_dir)
+    turns = [[{"role": "user", "content": p.text}] for p in own_prompts(8).prompts]
+    wanted = sum(len(tokenizer.apply_chat_template(turn)) - 1 for turn in turns)
+    rows = export("vllm", "--json").json["details"]["agreement"]
+    seen = {row["states"]: row["positions"] for row in rows}
+    assert seen["prompts"] == min(wanted, 2048)
 
 
 def test_the_same_export_again_is_up_to_date(
@@ -151,6 +169,39 @@ def test_an_import_is_made_anew_where_its_source_or_its_meaning_changed(
     save_file(tensors | {"norm.weight": tensors["norm.weight"] * 2}, theirs / "model.safetensors")
     assert read("output").json["up_to_date"] is False
     assert read("output").json["up_to_date"] is True
+
+
+def test_an_import_leaves_the_trained_drafter_alone(
+    export: Any, cache: Path, tiny_llama_dir: Path, tiny_drafter_dir: Path, tmp_path: Path
+) -> None:
+    assert export("vllm").code == 0
+    workspace = target_workspace(fetch_target(str(tiny_llama_dir)))
+    shutil.copytree(tiny_drafter_dir, workspace / "drafter")
+    trained = read_artifact(workspace / "drafter", "drafter")
+    target = f"--target={tiny_llama_dir}"
+    read = run_command("import-drafter", tmp_path / "out", target, "--tap-ids=input")
+    assert read.code == 0, read.err
+    assert Path(read.out.strip()) == (workspace / "drafter-imported").resolve()
+    assert read_artifact(workspace / "drafter", "drafter") == trained
+
+
+def test_an_import_keeps_weights_of_several_dtypes_to_the_bit(
+    export: Any, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    """float16 and bfloat16 are equally wide, and neither holds the other's values."""
+    theirs, ours = tmp_path / "out", tmp_path / "ours"
+    assert export("vllm", "--precision=fp32").code == 0
+    tensors = load_file(theirs / "model.safetensors")
+    mixed = {n: t.to(torch.bfloat16 if "norm" in n else torch.float16) for n, t in tensors.items()}
+    mixed["norm.weight"] = mixed["norm.weight"] * 2.0**17  # more than float16 holds
+    mixed["fc.weight"][0, 0] = 1 + 2.0**-10  # finer than bfloat16
+    save_file(mixed, theirs / "model.safetensors")
+    reading = ("import-drafter", theirs, f"--target={tiny_llama_dir}", "--tap-ids=input")
+    result = run_command(*reading, f"--out={ours}")
+    assert result.code == 0, result.err
+    kept = load_file(ours / "model.safetensors")
+    for name, tensor in mixed.items():
+        assert torch.equal(kept[name], tensor.float()), name
 
 
 def test_a_drafter_of_another_target_is_neither_imported_nor_started_from(

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from drafter.artifact import read_artifact
-from drafter.checkpoint import load_drafter, load_target
+from drafter.checkpoint import load_drafter, load_target, save_drafter
 from drafter.corpus import read_corpus
 from drafter.tokenizer import vocabulary_sha256
 from drafter.train_log import read_log
@@ -97,6 +97,25 @@ def test_training_goes_on_from_a_drafter(
     cut = first / "model.safetensors"
     cut.write_bytes(cut.read_bytes()[:-8])
     assert_refused(run_command("train", *data, *more, f"--run={tmp_path / 's'}"), 2, str(cut))
+
+
+def test_weights_larger_than_half_precision_holds_are_saved_whole_and_said(
+    cache: Path, tiny_llama_dir: Path, tiny_drafter_dir: Path, dialogues: Path, tmp_path: Path
+) -> None:
+    """Hours of training are not refused at their end for a number that is too large."""
+    start, out = tmp_path / "start", tmp_path / "out"
+    drafter = load_drafter(tiny_drafter_dir, load_target(tiny_llama_dir))
+    drafter.midlayer.mlp.down_proj.weight[0, 0] = 70_000.0
+    start.mkdir()
+    save_drafter(drafter, start, torch.float32)
+    data = (f"--target={tiny_llama_dir}", f"--dialogues={dialogues}", "--epochs=1")
+    more = ("--batch-tokens=64", "--precision=fp32", f"--start={start}", f"--out={out}")
+    result = run_command("train", *data, *more)
+    assert result.code == 0, result.err
+    assert "larger than float16 can hold; all are saved as float32" in result.err
+    weights = load_file(out / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    assert 69_000 < float(weights["midlayer.mlp.down_proj.weight"].max()) < 71_000
 
 
 def test_a_drafter_of_one_s_own_is_found_for_its_target(

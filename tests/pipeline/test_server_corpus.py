@@ -133,20 +133,68 @@ def test_requests_rotate_temperatures_and_seeds(
         assert bodies[text] | wanted == bodies[text]
 
 
+UNKNOWN = "Unknown parameter: return_token_ids."
+
+
+@pytest.mark.parametrize(
+    ("code", "content"),
+    [
+        (400, {"error": {"message": UNKNOWN}}),
+        (400, {"object": "error", "message": UNKNOWN}),
+        (400, {"error": UNKNOWN}),
+        (400, UNKNOWN.encode()),
+        (422, {"detail": [{"loc": ["body", "return_token_ids"], "msg": "extra", "input": True}]}),
+    ],
+)
 def test_a_server_that_does_not_know_token_ids_is_asked_without_them(
-    cache: Path, tiny_llama_dir: Path, words: Path, tmp_path: Path
+    cache: Path, tiny_llama_dir: Path, words: Path, tmp_path: Path, code: int, content: object
 ) -> None:
+    """It alone, of several; a line says so."""
+
     def act(handler: Handler, prompt: str, _: int) -> None:
         if "return_token_ids" in handler.server.bodies[-1]:
-            handler.reply(400, {"error": {"message": "Unknown parameter: return_token_ids."}})
+            handler.reply(code, content)
+        else:
+            handler.say("yes")
+
+    def knows(handler: Handler, *_: object) -> None:
+        handler.say("yes", choice={"token_ids": [7, END]})
+
+    with answering(act) as server, answering(knows) as other:
+        both = f"{server.url},{other.url}"
+        result = corpus(both, tiny_llama_dir, words, tmp_path / "c", "--concurrency=1")
+        assert len(server.bodies) == 5, "told once, then left out"
+        assert all("return_token_ids" in body for body in other.bodies)
+        assert result.err.count(f"{server.url}/chat/completions does not know return_token_i") == 1
+    assert result.code == 0, result.err
+    assert read_artifact(tmp_path / "c", "corpus").data["tokens"] == {"returned": 4, "text": 4}
+
+
+@pytest.mark.parametrize("where", ["input", "message"])
+def test_a_refused_prompt_that_is_echoed_turns_no_token_ids_off(
+    cache: Path, tiny_llama_dir: Path, words: Path, tmp_path: Path, where: str
+) -> None:
+    """As FastAPI echoes the request beside its message, others in it."""
+
+    def act(handler: Handler, prompt: str, _: int) -> None:
+        sent = handler.server.bodies[-1]
+        if prompt == WORDS[2]:
+            known = {"loc": ["body", "messages"], "msg": "too long", "input": "a long one"}
+            reply = {"detail": [known | {where if where == "input" else "msg": str(sent)}]}
+            handler.reply(422, reply)
+        elif "return_token_ids" in sent:
+            handler.say("yes", choice={"token_ids": [7, 8, END]})
         else:
             handler.say("yes")
 
     with answering(act) as server:
-        result = corpus(server.url, tiny_llama_dir, words, tmp_path / "c", "--concurrency=1")
-        assert len(server.bodies) == 9, "told once, then left out"
+        more = ("--concurrency=1", "--max-failures=0.2")
+        result = corpus(server.url, tiny_llama_dir, words, tmp_path / "c", *more)
     assert result.code == 0, result.err
-    assert read_artifact(tmp_path / "c", "corpus").data["tokens"] == {"text": 8}
+    assert "does not know" not in result.err
+    assert read_artifact(tmp_path / "c", "corpus").data["tokens"] == {"returned": 7}
+    (row,) = (tmp_path / "c" / "failures.jsonl").read_text().splitlines()
+    assert (json.loads(row)["status"], "messages" in row) == (422, True)
 
 
 def test_what_may_pass_is_asked_again(

@@ -172,7 +172,8 @@ def _endpoint(url: str) -> str:
         found = httpx.URL(url)
     except httpx.InvalidURL:
         found = httpx.URL("")
-    if found.scheme not in ("http", "https") or not found.host or found.userinfo:
+    more = found.userinfo or "?" in url or "#" in url  # where keys hide
+    if found.scheme not in ("http", "https") or not found.host or more:
         raise UsageError(
             "--server is no plain http(s) address; give the base URL of the server, like "
             "http://127.0.0.1:8000/v1, and a key by --api-key-env."

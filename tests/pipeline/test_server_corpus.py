@@ -454,6 +454,16 @@ def test_options_that_do_not_go_together_are_one_sentence(
     assert_refused(result, 2, *sentence)
 
 
+@pytest.mark.parametrize("end", ["/v1?key=sk-secret", "/v1#sk-secret", "?sk-secret"])
+def test_an_address_with_a_query_or_a_fragment_is_refused_and_not_shown(
+    cache: Path, tiny_llama_dir: Path, words: Path, tmp_path: Path, end: str
+) -> None:
+    """That is where keys are put, and errors name the address."""
+    result = corpus(f"http://127.0.0.1:9{end}", tiny_llama_dir, words, tmp_path / "c")
+    assert_refused(result, 2, "--server is no plain http(s) address", "--api-key-env")
+    assert "secret" not in result.err
+
+
 def test_the_log_gives_the_last_word_on_every_prompt_in_order(tmp_path: Path) -> None:
     log = AnswerLog(tmp_path, 600)
     for row in (

@@ -204,7 +204,10 @@ def _write_answers(
     write_shards(folder, answers.documents(), limits, tokenizer)
     if failures := answers.failures():
         write_lines(folder / FAILURES, failures)
-        note(f"{len(failures)} prompts have no answer: {FAILURES} in the corpus says why")
+        note(
+            f"{len(failures)} prompts have no answer: {FAILURES} in the corpus says why; they are "
+            "not asked again, for the corpus is finished"
+        )
     return {
         "documents": len(answers.log.answered),
         "failures": len(failures),

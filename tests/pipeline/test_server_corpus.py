@@ -255,6 +255,24 @@ def test_a_refused_prompt_is_not_asked_again_and_is_on_record(
     manifest = read_artifact(out, "corpus")
     assert (manifest.data["documents"], manifest.data["failures"]) == (5, 3)
     assert "failures.jsonl" in manifest.files
+    assert "not asked again, for the corpus is finished" in result.err
+    with answering(Script()) as server:
+        again = corpus(server.url, tiny_llama_dir, words, out, "--max-failures=0", "--json")
+        assert again.json["up_to_date"] is True
+        assert not server.bodies
+
+
+def test_no_answer_at_all_makes_no_corpus_whatever_may_fail(
+    cache: Path, tiny_llama_dir: Path, words: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "c"
+    arguments = (tiny_llama_dir, words, out, "--max-failures=1")
+    with answering(Script({text: [status(400)] for text in WORDS})) as server:
+        refused = corpus(server.url, *arguments)
+        assert_refused(refused, 3, "none of the 8 prompts has an answer", "run the same command")
+        assert not out.exists()
+        assert corpus(server.url, *arguments).code == 0
+    assert len(read_corpus(out)) == 8
 
 
 def test_too_many_failures_end_the_command_and_what_is_done_is_not_asked_again(

@@ -189,7 +189,7 @@ def _answer(reply: httpx.Response) -> Answer:
         message = choice["message"]
         usage = body.get("usage") or {}
         return Answer(
-            text=message.get("content") or "",
+            text=_text(message.get("content")),
             finish_reason=str(choice["finish_reason"]),
             token_ids=_ids(choice.get("token_ids")),
             prompt_ids=_ids(body.get("prompt_token_ids")),
@@ -200,6 +200,14 @@ def _answer(reply: httpx.Response) -> Answer:
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         reason = f"the body is no chat completion ({type(error).__name__}: {error})"
         raise _TryAgain(reply.status_code, reason[:_LONGEST_REASON]) from None
+
+
+def _text(value: Any) -> str:
+    if value is None:  # of an answer without a word
+        return ""
+    if not isinstance(value, str):
+        raise ValueError(f"the content is a {type(value).__name__}, text is needed")
+    return value
 
 
 def _ids(value: Any) -> list[int] | None:

@@ -219,6 +219,21 @@ def test_what_may_pass_is_asked_again(
     assert len(read_corpus(tmp_path / "c")) == 8
 
 
+def test_content_that_is_no_text_is_a_bad_answer_on_record(
+    cache: Path, tiny_llama_dir: Path, words: Path, tmp_path: Path
+) -> None:
+    """A list of parts, as some servers send it."""
+    parts = {"content": [{"type": "text", "text": "hello"}]}
+    script = Script({WORDS[1]: [lambda handler, *_: handler.say("", message=parts)] * 9})
+    with answering(script) as server:
+        more = ("--max-failures=0.2", "--attempts=2")
+        result = corpus(server.url, tiny_llama_dir, words, tmp_path / "c", *more)
+    assert result.code == 0, result.err
+    (row,) = map(json.loads, (tmp_path / "c" / "failures.jsonl").read_text().splitlines())
+    assert (row["index"], row["attempts"]) == (1, 2)
+    assert "the content is a list, text is needed" in row["reason"]
+
+
 def test_waits_double_with_jitter_and_are_no_shorter_than_the_server_asks() -> None:
     retries = Retries(first_s=1.0, longest_s=8.0, patience_s=100.0)
     for attempt, ceiling in ((1, 1), (2, 2), (3, 4), (4, 8), (9, 8)):

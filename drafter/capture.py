@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from drafter.config import TargetConfig
 from drafter.corpus import (
     LIMITS,
     Document,
@@ -151,6 +152,14 @@ def write_parts(
 
 def _bytes(document: Captured) -> int:
     return sum(t.nbytes for t in _as_stored(document).values())
+
+
+def captured_bytes(tokens: int, config: TargetConfig, taps: Sequence[int]) -> int:
+    """The bytes of a captured document of so many tokens: id int32, mask uint8, taps and state
+    bfloat16, likeliest int32.
+    """
+    wide = 2 * (len(taps) + 1) * config.hidden_size
+    return tokens * (4 + 1 + wide + 4 * min(LIKELIEST, config.vocab_size))
 
 
 def _as_stored(document: Captured) -> dict[str, Tensor]:

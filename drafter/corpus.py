@@ -108,12 +108,7 @@ def in_shards(
     group: list[T] = []
     used = _HEADER_BYTES
     for one in documents:
-        needed = size(one) + 8  # its offset
-        if _HEADER_BYTES + needed > limits.bytes:
-            raise UsageError(
-                f"a document of {needed / 1e6:.3f} MB does not fit into a shard of "
-                f"{limits.megabytes:g} MB; give a larger --shard-megabytes."
-            )
+        needed = check_fits(size(one), limits)
         if group and (used + needed > limits.bytes or len(group) >= limits.documents):
             yield group
             group, used = [], _HEADER_BYTES
@@ -121,6 +116,17 @@ def in_shards(
         used += needed
     if group:
         yield group
+
+
+def check_fits(document_bytes: int, limits: ShardLimits) -> int:
+    """The bytes of a document in a shard. Raises UsageError where a shard may not be as large."""
+    needed = document_bytes + 8  # its offset
+    if _HEADER_BYTES + needed > limits.bytes:
+        raise UsageError(
+            f"a document of {needed / 1e6:.3f} MB does not fit into a shard of "
+            f"{limits.megabytes:g} MB; give a larger --shard-megabytes."
+        )
+    return needed
 
 
 def documents_per_shard(longest: int, limits: ShardLimits) -> int:

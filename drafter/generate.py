@@ -23,6 +23,7 @@ from drafter.batch_decode import Text, choose, continue_texts
 from drafter.capture import (
     CAPTURED,
     Captured,
+    captured_bytes,
     parts_of,
     read_captured,
     write_captured,
@@ -32,6 +33,7 @@ from drafter.corpus import (
     LIMITS,
     Document,
     ShardLimits,
+    check_fits,
     document,
     documents_per_shard,
     shard_path,
@@ -159,12 +161,15 @@ def generate_corpus(
     shards.
 
     `progress(done, total)` counts documents; kept states say that they are of the target
-    `fingerprint`, shards that their ids are of `tokenizer`. Raises UsageError for no prompts, or
-    one that leaves no room for an answer.
+    `fingerprint`, shards that their ids are of `tokenizer`. Raises UsageError for no prompts, one
+    that leaves no room for an answer, or states of the longest answer that fit into no file.
     """
     _check_prompts(prompts, target.config.max_positions)
-    out.mkdir(parents=True, exist_ok=True)
     longest = max(map(len, prompts)) + config.max_new_tokens
+    if config.keep_states:
+        tokens = min(longest, target.config.max_positions + 1)  # the last one is never fed
+        check_fits(captured_bytes(tokens, target.config, target.taps), config.limits)
+    out.mkdir(parents=True, exist_ok=True)
     size = documents_per_shard(longest, config.limits)
     for shard, start in enumerate(range(0, len(prompts), size)):
         path = shard_path(out, shard)

@@ -8,7 +8,6 @@ the same request would be refused again. The key is sent and never written anywh
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,9 +19,11 @@ from typing import Any
 import httpx
 
 from drafter.errors import UsageError
+from pipeline.progress import note
 
 _TRANSIENT = frozenset({408, 409, 425, 429})
 _FATAL = frozenset({401, 403, 404, 405})  # true of every request
+_BAD_REQUEST = frozenset({400, 422})
 _LONGEST_REASON = 300  # characters
 TOKEN_IDS = "return_token_ids"
 FIRST_WAIT_S = 1.0
@@ -79,7 +80,7 @@ class _TryAgain(Exception):
 class ChatServer:
     """Servers of one model, asked in turn; use it as an asynchronous context manager.
 
-    Token ids are asked for until a server says that it does not know that option.
+    Token ids are asked of every server that has not shown that it answers only without them.
     """
 
     urls: Sequence[str]
@@ -92,7 +93,7 @@ class ChatServer:
     def __post_init__(self) -> None:
         self.urls = [_endpoint(url) for url in self.urls]
         self._turn = count()
-        self._ask_ids = True
+        self._without_ids: set[str] = set()
         headers = {} if self.key is None else {"Authorization": f"Bearer {self.key}"}
         self._http = httpx.AsyncClient(
             headers=headers,
@@ -126,19 +127,11 @@ class ChatServer:
 
     async def _once(self, body: dict[str, Any], attempt: int) -> Answer:
         url = self.urls[next(self._turn) % len(self.urls)]
-        asked_ids = self._ask_ids
-        sent = {**body, TOKEN_IDS: True} if asked_ids else body
-        try:
-            reply = await self._http.post(url, json=sent)
-        except httpx.RequestError as error:
-            raise _TryAgain(None, self._clean(f"{type(error).__name__}: {error}")) from None
+        reply = await self._reply(url, body)
         status = reply.status_code
         if status == httpx.codes.OK:
             return _answer(reply)
-        reason = self._clean(_message(reply))
-        if asked_ids and status in (400, 422) and TOKEN_IDS in reply.text:
-            self._ask_ids = False
-            return await self._once(body, attempt)
+        reason = self._clean(_said(reply) or reply.text or reply.reason_phrase)
         if status in _FATAL:
             raise UsageError(
                 f"{url} answers {status}: {reason}; check --server, --model and --api-key-env."
@@ -147,6 +140,25 @@ class ChatServer:
         if not final and (status in _TRANSIENT or status >= 500):
             raise _TryAgain(status, reason, _retry_after(reply))
         raise NoAnswer(status, attempt, reason)
+
+    async def _reply(self, url: str, body: dict[str, Any]) -> httpx.Response:
+        """The reply with token ids, or without where the server will not have that option."""
+        if url in self._without_ids:
+            return await self._post(url, body)
+        reply = await self._post(url, body | {TOKEN_IDS: True})
+        if reply.status_code not in _BAD_REQUEST or TOKEN_IDS not in _said(reply):
+            return reply
+        reply = await self._post(url, body)
+        if reply.status_code == httpx.codes.OK and url not in self._without_ids:
+            self._without_ids.add(url)
+            note(f"{url} does not know {TOKEN_IDS}: the text of its answers is tokenised again")
+        return reply
+
+    async def _post(self, url: str, body: dict[str, Any]) -> httpx.Response:
+        try:
+            return await self._http.post(url, json=body)
+        except httpx.RequestError as error:
+            raise _TryAgain(None, self._clean(f"{type(error).__name__}: {error}")) from None
 
     def _clean(self, text: str) -> str:
         """One line of bounded length, without the key."""
@@ -160,7 +172,8 @@ def _endpoint(url: str) -> str:
         found = httpx.URL(url)
     except httpx.InvalidURL:
         found = httpx.URL("")
-    if found.scheme not in ("http", "https") or not found.host or found.userinfo:
+    more = found.userinfo or "?" in url or "#" in url  # where keys hide
+    if found.scheme not in ("http", "https") or not found.host or more:
         raise UsageError(
             "--server is no plain http(s) address; give the base URL of the server, like "
             "http://127.0.0.1:8000/v1, and a key by --api-key-env."
@@ -176,7 +189,7 @@ def _answer(reply: httpx.Response) -> Answer:
         message = choice["message"]
         usage = body.get("usage") or {}
         return Answer(
-            text=message.get("content") or "",
+            text=_text(message.get("content")),
             finish_reason=str(choice["finish_reason"]),
             token_ids=_ids(choice.get("token_ids")),
             prompt_ids=_ids(body.get("prompt_token_ids")),
@@ -189,6 +202,14 @@ def _answer(reply: httpx.Response) -> Answer:
         raise _TryAgain(reply.status_code, reason[:_LONGEST_REASON]) from None
 
 
+def _text(value: Any) -> str:
+    if value is None:  # of an answer without a word
+        return ""
+    if not isinstance(value, str):
+        raise ValueError(f"the content is a {type(value).__name__}, text is needed")
+    return value
+
+
 def _ids(value: Any) -> list[int] | None:
     if value is None:
         return None
@@ -197,13 +218,22 @@ def _ids(value: Any) -> list[int] | None:
     return value
 
 
-def _message(reply: httpx.Response) -> str:
-    """What an error body says: OpenAI's `error.message`, else the text."""
+def _said(reply: httpx.Response) -> str:
+    """What an error body says of itself: `error.message`, `message` or `detail`, or all of a body
+    that is no JSON; "" where it says nothing. What it may echo of the request is not in it.
+    """
     try:
-        error = reply.json().get("error", {})
-        return str(error["message"] if isinstance(error, dict) else error)
-    except (json.JSONDecodeError, UnicodeDecodeError, LookupError, AttributeError):
-        return reply.text or reply.reason_phrase
+        body = reply.json()
+    except ValueError:
+        return reply.text
+    if not isinstance(body, dict):
+        return ""
+    error = body.get("error") or body
+    said = (error.get("message") or body.get("detail")) if isinstance(error, dict) else error
+    if isinstance(said, list):  # FastAPI: one object a field
+        fields = [part for part in said if isinstance(part, dict)]
+        return "; ".join(f"{part.get('loc')}: {part.get('msg')}" for part in fields)
+    return said if isinstance(said, str) else ""
 
 
 def _retry_after(reply: httpx.Response) -> float:

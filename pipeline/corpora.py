@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +31,7 @@ from drafter.sources import TargetFolder
 from drafter.tokenizer import ChatTokenizer, vocabulary_sha256
 from pipeline.benchmark_marks import refuse_benchmarks
 from pipeline.config import CorpusOptions, ServerOptions
+from pipeline.corpus_work import Settings, work_folder
 from pipeline.output import write_lines
 from pipeline.progress import Tell, note, progress
 from pipeline.prompts import read_prompts
@@ -49,6 +49,10 @@ FAILURES = "failures.jsonl"
 _PROMPTS = "prompts.json"
 # How servers are asked, not what for: another address or more patience goes on with a stopped run.
 _MANNER = {"server", "api_key_env", "concurrency", "attempts", "request_timeout", "max_failures"}
+# What servers' answers do not depend on: a stopped run of theirs goes on with other values.
+_FREE_WITH_SERVER = frozenset(
+    {"batch", "precision", "keep_states", "shard_documents", "shard_megabytes"}
+)
 
 
 def corpus_stage(options: CorpusOptions, offline: bool | None = None) -> ArtifactReport:
@@ -68,18 +72,18 @@ def corpus_stage(options: CorpusOptions, offline: bool | None = None) -> Artifac
         return _report(out, up_to_date=True)
     tokenizer = vocabulary_sha256(target.path / "tokenizer.json")
     data: dict[str, Any] = {"tokenizer_sha256": tokenizer}
-    work = _work_folder(out, {"inputs": inputs, "arguments": arguments})
-    with disk_full_as_error(work), progress("corpus") as tell:
-        if options.server is not None:
-            answers = _ask(target, options, template, work, tell)
-        else:
-            data["documents"] = _answer(target, options, template, work, tell, tokenizer)
-    with write_artifact(out, KIND, target.name, inputs, arguments, data) as folder:
-        if options.server is not None:
-            data |= _write_answers(answers, options, folder, tokenizer)
-        else:
-            _link_shards(work, folder)
-    shutil.rmtree(work)
+    free = _FREE_WITH_SERVER if options.server is not None else frozenset[str]()
+    with disk_full_as_error(out), work_folder(out, Settings(inputs, arguments, free)) as work:
+        with progress("corpus") as tell:
+            if options.server is not None:
+                answers = _ask(target, options, template, work, tell)
+            else:
+                data["documents"] = _answer(target, options, template, work, tell, tokenizer)
+        with write_artifact(out, KIND, target.name, inputs, arguments, data) as folder:
+            if options.server is not None:
+                data |= _write_answers(answers, options, folder, tokenizer)
+            else:
+                _link_shards(work, folder)
     return _report(out, up_to_date=False)
 
 
@@ -200,7 +204,10 @@ def _write_answers(
     write_shards(folder, answers.documents(), limits, tokenizer)
     if failures := answers.failures():
         write_lines(folder / FAILURES, failures)
-        note(f"{len(failures)} prompts have no answer: {FAILURES} in the corpus says why")
+        note(
+            f"{len(failures)} prompts have no answer: {FAILURES} in the corpus says why; they are "
+            "not asked again, for the corpus is finished"
+        )
     return {
         "documents": len(answers.log.answered),
         "failures": len(failures),
@@ -304,16 +311,6 @@ def _own_prompts(
         atomic_write_json(kept, {"prompts": made})
     prompts: list[list[int]] = read_json(kept)["prompts"]
     return prompts
-
-
-def _work_folder(out: Path, settings: dict[str, Any]) -> Path:
-    """The folder of a stopped run of the same settings, else a new one."""
-    work = out.with_name(f".{out.name}.work")
-    state = work / "settings.json"
-    if not state.exists() or read_json(state) != settings:
-        shutil.rmtree(work, ignore_errors=True)
-        atomic_write_json(state, settings)
-    return work
 
 
 def _existing(path: Path) -> Path:

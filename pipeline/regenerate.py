@@ -56,12 +56,18 @@ class Regeneration:
 
     def run(self, server: ChatServer, tell: Tell) -> None:
         """Ask until every prompt has an answer or was given up. Raises UsageError for a server that
-        does not fit, MissingError where too many prompts fail.
+        does not fit, MissingError where too many prompts fail, or all.
         """
         try:
             asyncio.run(self._run(server, tell))
         except BaseExceptionGroup as group:
             raise _first(group) from None
+        if not self.log.answered:
+            raise MissingError(
+                f"none of the {len(self.asking.prompts)} prompts has an answer, a corpus needs at "
+                f"least one; {self.log.path(0).parent} says why. Mend the server and run the same "
+                "command again."
+            )
 
     def documents(self) -> Iterator[Document]:
         """What was answered, in the order of the prompts."""

@@ -19,6 +19,7 @@ from drafter.capture import (
     Online,
     capture,
     capture_shards,
+    captured_bytes,
     parts_of,
     read_captured,
     write_captured,
@@ -107,6 +108,33 @@ def test_a_document_larger_than_a_file_may_be_is_refused(tmp_path: Path) -> None
     (tmp_path / "c").mkdir()
     with pytest.raises(UsageError, match=r"does not fit into a shard of 0\.002 MB"):
         write_shards(tmp_path / "c", tiny_documents(1), ShardLimits(megabytes=0.002))
+
+
+def test_states_that_may_fit_into_no_file_are_refused_before_the_first_answer(
+    tmp_path: Path,
+) -> None:
+    """By the longest answer there could be."""
+    tokens = 3 + 40
+    fits = captured_bytes(tokens, TARGET.config, TARGET.taps) + 2048 + 8
+
+    def make(most: int, size: int) -> int:
+        config = GenerateConfig(max_new_tokens=most, keep_states=True, shard_megabytes=size / 1e6)
+        return generate_corpus(TARGET, [[5, 6], [5, 6, 7]], tmp_path / "c", config)
+
+    for most, size in ((40, fits - 1), (41, fits)):
+        with pytest.raises(UsageError, match=r"does not fit into a shard.*--shard-megabytes"):
+            make(most, size)
+        assert not (tmp_path / "c").exists()
+    assert make(40, fits) > 0
+
+
+def test_the_bytes_of_a_captured_document_are_those_of_its_tensors(tmp_path: Path) -> None:
+    (seen,) = tiny_captured(TARGET, 1)
+    path = tmp_path / "shard-00000.safetensors"
+    write_captured(path, [seen], TARGET.taps, "f")
+    stored = load_file(path)
+    found = sum(stored[name].nbytes for name in TENSORS)
+    assert captured_bytes(len(seen.ids), TARGET.config, TARGET.taps) == found
 
 
 def test_lazy_documents_are_the_eager_ones(tmp_path: Path) -> None:

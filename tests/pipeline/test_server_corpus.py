@@ -133,20 +133,68 @@ def test_requests_rotate_temperatures_and_seeds(
         assert bodies[text] | wanted == bodies[text]
 
 
+UNKNOWN = "Unknown parameter: return_token_ids."
+
+
+@pytest.mark.parametrize(
+    ("code", "content"),
+    [
+        (400, {"error": {"message": UNKNOWN}}),
+        (400, {"object": "error", "message": UNKNOWN}),
+        (400, {"error": UNKNOWN}),
+        (400, UNKNOWN.encode()),
+        (422, {"detail": [{"loc": ["body", "return_token_ids"], "msg": "extra", "input": True}]}),
+    ],
+)
 def test_a_server_that_does_not_know_token_ids_is_asked_without_them(
-    cache: Path, tiny_llama_dir: Path, words: Path, tmp_path: Path
+    cache: Path, tiny_llama_dir: Path, words: Path, tmp_path: Path, code: int, content: object
 ) -> None:
+    """It alone, of several; a line says so."""
+
     def act(handler: Handler, prompt: str, _: int) -> None:
         if "return_token_ids" in handler.server.bodies[-1]:
-            handler.reply(400, {"error": {"message": "Unknown parameter: return_token_ids."}})
+            handler.reply(code, content)
+        else:
+            handler.say("yes")
+
+    def knows(handler: Handler, *_: object) -> None:
+        handler.say("yes", choice={"token_ids": [7, END]})
+
+    with answering(act) as server, answering(knows) as other:
+        both = f"{server.url},{other.url}"
+        result = corpus(both, tiny_llama_dir, words, tmp_path / "c", "--concurrency=1")
+        assert len(server.bodies) == 5, "told once, then left out"
+        assert all("return_token_ids" in body for body in other.bodies)
+        assert result.err.count(f"{server.url}/chat/completions does not know return_token_i") == 1
+    assert result.code == 0, result.err
+    assert read_artifact(tmp_path / "c", "corpus").data["tokens"] == {"returned": 4, "text": 4}
+
+
+@pytest.mark.parametrize("where", ["input", "message"])
+def test_a_refused_prompt_that_is_echoed_turns_no_token_ids_off(
+    cache: Path, tiny_llama_dir: Path, words: Path, tmp_path: Path, where: str
+) -> None:
+    """As FastAPI echoes the request beside its message, others in it."""
+
+    def act(handler: Handler, prompt: str, _: int) -> None:
+        sent = handler.server.bodies[-1]
+        if prompt == WORDS[2]:
+            known = {"loc": ["body", "messages"], "msg": "too long", "input": "a long one"}
+            reply = {"detail": [known | {where if where == "input" else "msg": str(sent)}]}
+            handler.reply(422, reply)
+        elif "return_token_ids" in sent:
+            handler.say("yes", choice={"token_ids": [7, 8, END]})
         else:
             handler.say("yes")
 
     with answering(act) as server:
-        result = corpus(server.url, tiny_llama_dir, words, tmp_path / "c", "--concurrency=1")
-        assert len(server.bodies) == 9, "told once, then left out"
+        more = ("--concurrency=1", "--max-failures=0.2")
+        result = corpus(server.url, tiny_llama_dir, words, tmp_path / "c", *more)
     assert result.code == 0, result.err
-    assert read_artifact(tmp_path / "c", "corpus").data["tokens"] == {"text": 8}
+    assert "does not know" not in result.err
+    assert read_artifact(tmp_path / "c", "corpus").data["tokens"] == {"returned": 7}
+    (row,) = (tmp_path / "c" / "failures.jsonl").read_text().splitlines()
+    assert (json.loads(row)["status"], "messages" in row) == (422, True)
 
 
 def test_what_may_pass_is_asked_again(
@@ -169,6 +217,21 @@ def test_what_may_pass_is_asked_again(
     assert result.code == 0, result.err
     assert read_artifact(tmp_path / "c", "corpus").data["failures"] == 0
     assert len(read_corpus(tmp_path / "c")) == 8
+
+
+def test_content_that_is_no_text_is_a_bad_answer_on_record(
+    cache: Path, tiny_llama_dir: Path, words: Path, tmp_path: Path
+) -> None:
+    """A list of parts, as some servers send it."""
+    parts = {"content": [{"type": "text", "text": "hello"}]}
+    script = Script({WORDS[1]: [lambda handler, *_: handler.say("", message=parts)] * 9})
+    with answering(script) as server:
+        more = ("--max-failures=0.2", "--attempts=2")
+        result = corpus(server.url, tiny_llama_dir, words, tmp_path / "c", *more)
+    assert result.code == 0, result.err
+    (row,) = map(json.loads, (tmp_path / "c" / "failures.jsonl").read_text().splitlines())
+    assert (row["index"], row["attempts"]) == (1, 2)
+    assert "the content is a list, text is needed" in row["reason"]
 
 
 def test_waits_double_with_jitter_and_are_no_shorter_than_the_server_asks() -> None:
@@ -207,6 +270,24 @@ def test_a_refused_prompt_is_not_asked_again_and_is_on_record(
     manifest = read_artifact(out, "corpus")
     assert (manifest.data["documents"], manifest.data["failures"]) == (5, 3)
     assert "failures.jsonl" in manifest.files
+    assert "not asked again, for the corpus is finished" in result.err
+    with answering(Script()) as server:
+        again = corpus(server.url, tiny_llama_dir, words, out, "--max-failures=0", "--json")
+        assert again.json["up_to_date"] is True
+        assert not server.bodies
+
+
+def test_no_answer_at_all_makes_no_corpus_whatever_may_fail(
+    cache: Path, tiny_llama_dir: Path, words: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "c"
+    arguments = (tiny_llama_dir, words, out, "--max-failures=1")
+    with answering(Script({text: [status(400)] for text in WORDS})) as server:
+        refused = corpus(server.url, *arguments)
+        assert_refused(refused, 3, "none of the 8 prompts has an answer", "run the same command")
+        assert not out.exists()
+        assert corpus(server.url, *arguments).code == 0
+    assert len(read_corpus(out)) == 8
 
 
 def test_too_many_failures_end_the_command_and_what_is_done_is_not_asked_again(
@@ -404,6 +485,16 @@ def test_options_that_do_not_go_together_are_one_sentence(
     given = [argument.replace("FILE", str(words)) for argument in arguments]
     result = run_command("corpus", f"--target={tiny_llama_dir}", *given)
     assert_refused(result, 2, *sentence)
+
+
+@pytest.mark.parametrize("end", ["/v1?key=sk-secret", "/v1#sk-secret", "?sk-secret"])
+def test_an_address_with_a_query_or_a_fragment_is_refused_and_not_shown(
+    cache: Path, tiny_llama_dir: Path, words: Path, tmp_path: Path, end: str
+) -> None:
+    """That is where keys are put, and errors name the address."""
+    result = corpus(f"http://127.0.0.1:9{end}", tiny_llama_dir, words, tmp_path / "c")
+    assert_refused(result, 2, "--server is no plain http(s) address", "--api-key-env")
+    assert "secret" not in result.err
 
 
 def test_the_log_gives_the_last_word_on_every_prompt_in_order(tmp_path: Path) -> None:

@@ -14,24 +14,20 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from drafter.artifact import (
-    atomic_write_json,
     disk_full_as_error,
     is_up_to_date,
     read_artifact,
     refuse_foreign,
     write_artifact,
 )
-from drafter.config import (
-    DrafterConfig,
-    read_json,
-)
+from drafter.config import DrafterConfig
 from drafter.errors import UsageError
 from drafter.sources import TargetFolder
 from drafter.tokenizer import vocabulary_sha256
 from pipeline.benchmark_marks import refuse_benchmark_corpus
 from pipeline.captures import Teacher, capture_corpus, captured_documents, split, teacher_of
 from pipeline.config import TrainOptions
-from pipeline.corpora import corpus_fingerprint, dialogues_corpus
+from pipeline.corpora import corpus_fingerprint, dialogues_corpus, dialogues_fingerprint
 from pipeline.corpus_check import check_corpus
 from pipeline.draft_vocabulary import (
     AUTO,
@@ -44,6 +40,7 @@ from pipeline.drafter_shape import drafter_config, start_fingerprint
 from pipeline.metrics import line, require_tensorboard, tensorboard
 from pipeline.progress import note, progress, quiet
 from pipeline.reports import ArtifactReport
+from pipeline.run_folder import check_run, claim_run
 from pipeline.stages import DRAFTER_KIND, artifact_report, fetch_target, find_drafter
 from pipeline.workspace import target_workspace
 
@@ -88,17 +85,13 @@ def _train_stage(options: TrainOptions, share: Share, offline: bool | None) -> A
     run = options.run or target_workspace(target) / "train"
     out = options.out or target_workspace(target) / "drafter"
     refuse_foreign(out, DRAFTER_KIND)
-    with share.in_turn():
-        corpus = _corpus(options, target, run, config)
-    inputs = _inputs(options, target, corpus, out)
+    inputs = _inputs(options, target, out)
     arguments = _arguments(options, config, training)
     if is_up_to_date(out, DRAFTER_KIND, inputs, arguments):
         return _report(out, up_to_date=True)
-    check_corpus(corpus, config, training.supervise)
     with disk_full_as_error(run):
         with share.in_turn():
-            refuse_benchmark_corpus(corpus, target.path)
-            _claim(run, {**inputs, **arguments})
+            corpus = _claimed(run, {**inputs, **arguments}, options, target, config, training)
         drafter, data = _trained(teacher, config, options, training, corpus, run, share)
     if share.first:
         if share.count > 1:
@@ -108,8 +101,27 @@ def _train_stage(options: TrainOptions, share: Share, offline: bool | None) -> A
     return _report(out, up_to_date=False)
 
 
+def _claimed(
+    run: Path,
+    made_from: dict[str, Any],
+    options: TrainOptions,
+    target: TargetFolder,
+    config: DrafterConfig,
+    training: TrainConfig,
+) -> Path:
+    """The corpus of a run that may use its folder. Another run's is refused before anything is
+    written there; a corpus that cannot be trained on leaves the folder unclaimed.
+    """
+    check_run(run, made_from)
+    corpus = _corpus(options, target, run, config)
+    check_corpus(corpus, config, training.supervise)
+    refuse_benchmark_corpus(corpus, target.path)
+    claim_run(run, made_from)
+    return corpus
+
+
 def _check_surroundings(options: TrainOptions, share: Share) -> None:
-    """Refuse what this environment cannot do. Raises UsageError, MissingError."""
+    """Refuse what does not go together or this environment cannot do. Raises UsageError, MissingError."""
     if options.shard and share.count == 1:
         raise UsageError(
             "--shard needs several processes, there is one; start them with "
@@ -120,13 +132,19 @@ def _check_surroundings(options: TrainOptions, share: Share) -> None:
             f"--device is {options.device} and there are {share.count} processes; several learn on "
             "CPUs only: give --device cpu, or start one process."
         )
+    if options.corpus is not None and options.dialogues is not None:
+        raise UsageError("--corpus and --dialogues were both given; one of them is needed.")
     if options.tensorboard is not None:
         require_tensorboard()
 
 
-def _inputs(options: TrainOptions, target: TargetFolder, corpus: Path, out: Path) -> dict[str, str]:
-    """What the drafter is made from, by hash. Raises UsageError."""
-    inputs = {"target": target.fingerprint, "corpus": corpus_fingerprint(corpus)}
+def _inputs(options: TrainOptions, target: TargetFolder, out: Path) -> dict[str, str]:
+    """What the drafter is made from, by hash; writes nothing. Raises UsageError."""
+    inputs = {"target": target.fingerprint}
+    if options.dialogues is not None:
+        inputs["dialogues"] = dialogues_fingerprint(options.dialogues)
+    else:
+        inputs["corpus"] = corpus_fingerprint(_given_corpus(options, target))
     inputs |= vocabulary_inputs(options, target, out)
     for name, chosen in (("start", options.start), ("body", options.body)):
         if chosen is not None:
@@ -193,37 +211,25 @@ def train_config(fields: dict[str, Any]) -> TrainConfig:
 
 
 def _corpus(options: TrainOptions, target: TargetFolder, run: Path, config: DrafterConfig) -> Path:
-    """The corpus folder, of the target's own tokenizer. Raises UsageError."""
+    """The corpus folder: the given one, or one that is made of dialogues in the run's folder."""
+    if options.dialogues is None:
+        return _given_corpus(options, target)
+    tokenizer = vocabulary_sha256(target.path / "tokenizer.json")
+    return dialogues_corpus(options.dialogues, run / "corpus", config.vocab_size, tokenizer)
+
+
+def _given_corpus(options: TrainOptions, target: TargetFolder) -> Path:
+    """The folder of a corpus of the target's own tokenizer. Raises UsageError."""
     from drafter.corpus import check_tokenizer
 
-    tokenizer = vocabulary_sha256(target.path / "tokenizer.json")
-    if options.corpus is not None and options.dialogues is not None:
-        raise UsageError("--corpus and --dialogues were both given; one of them is needed.")
-    if options.dialogues is not None:
-        return dialogues_corpus(options.dialogues, run / "corpus", config.vocab_size, tokenizer)
     folder = options.corpus or target_workspace(target) / "corpus"
     if not folder.is_dir():
         raise UsageError(
             f"there is no corpus in {folder}; make one with `pipeline corpus --target "
             f"{options.target}` or give --corpus DIR or --dialogues FILE.jsonl.gz."
         )
-    check_tokenizer(folder, tokenizer)
+    check_tokenizer(folder, vocabulary_sha256(target.path / "tokenizer.json"))
     return folder
-
-
-def _claim(run: Path, made_from: dict[str, Any]) -> None:
-    """Note what a run is made from; refuse the folder of another one."""
-    state = run / "run.json"
-    if state.exists():
-        found = read_json(state)
-        for field in sorted({*found, *made_from}):
-            if found.get(field) != made_from.get(field):
-                raise UsageError(
-                    f"{run} holds a run with another {field}; give another --run folder, or remove "
-                    "this one to start anew."
-                )
-        note(f"going on with the run in {run}")
-    atomic_write_json(state, made_from)
 
 
 def _train(

@@ -1,13 +1,15 @@
 """The training stage: corpus -> captured states -> trained drafter -> measured artifact.
 
 A run has a folder: `run.json` (what it is made from), `corpus/` (where dialogues were given),
-`captured/`, the state of the training and `log.jsonl`. The same command goes on with a stopped run.
+`captured/`, the state of the training and `log.jsonl`. One command at a time works in it; the same
+command goes on with a stopped run.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +42,7 @@ from pipeline.drafter_shape import drafter_config, start_fingerprint
 from pipeline.metrics import line, require_tensorboard, tensorboard
 from pipeline.progress import note, progress, quiet
 from pipeline.reports import ArtifactReport
-from pipeline.run_folder import check_run, claim_run
+from pipeline.run_folder import check_run, claim_run, held
 from pipeline.stages import DRAFTER_KIND, artifact_report, fetch_target, find_drafter
 from pipeline.workspace import target_workspace
 
@@ -89,15 +91,15 @@ def _train_stage(options: TrainOptions, share: Share, offline: bool | None) -> A
     arguments = _arguments(options, config, training)
     if is_up_to_date(out, DRAFTER_KIND, inputs, arguments):
         return _report(out, up_to_date=True)
-    with disk_full_as_error(run):
+    with disk_full_as_error(run), held(run) if share.first else nullcontext():
         with share.in_turn():
             corpus = _claimed(run, {**inputs, **arguments}, options, target, config, training)
         drafter, data = _trained(teacher, config, options, training, corpus, run, share)
-    if share.first:
-        if share.count > 1:
-            data["processes"] = share.count
-        _write(drafter, out, target.name, inputs, arguments, data, run / _LOG)
-    share.wait()
+        if share.first:
+            if share.count > 1:
+                data["processes"] = share.count
+            _write(drafter, out, target.name, inputs, arguments, data, run / _LOG)
+        share.wait()
     return _report(out, up_to_date=False)
 
 
@@ -121,7 +123,7 @@ def _claimed(
 
 
 def _check_surroundings(options: TrainOptions, share: Share) -> None:
-    """Refuse what does not go together or this environment cannot do. Raises UsageError, MissingError."""
+    """Refuse what does not go together or cannot be done here. Raises UsageError, MissingError."""
     if options.shard and share.count == 1:
         raise UsageError(
             "--shard needs several processes, there is one; start them with "

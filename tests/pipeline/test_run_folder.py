@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.pipeline.command import Result, assert_refused, run_command
+from pipeline.run_folder import held
+from tests.pipeline.command import (
+    Result,
+    assert_refused,
+    command_line,
+    environment,
+    run_command,
+)
 
 OPTIONS = ("--batch-tokens=64", "--sampled-rows=0", "--precision=fp32", "--rank=8", "--epochs=1")
 
@@ -49,6 +59,30 @@ def test_a_refused_command_leaves_the_other_run_s_corpus_alone(runs: Runs, tmp_p
     assert "corpus/manifest.json" in before
     assert_refused(runs.train(dialogues(tmp_path / "two.jsonl", 20)), 2, "dialogues", "--run")
     assert runs.files() == before
+
+
+def test_a_run_that_another_command_trains_is_refused_and_left_alone(
+    runs: Runs, tmp_path: Path
+) -> None:
+    """The other one is at work between two steps; the same command, too, would cut its log."""
+    file = dialogues(tmp_path / "one.jsonl")
+    where = (f"--dialogues={file}", f"--run={runs.run}", f"--out={tmp_path / 'd'}")
+    endless = ("--steps=1000000", "--checkpoint-minutes=1000")
+    arguments = ("train", f"--target={runs.target}", *OPTIONS, *where, *endless)
+    other = subprocess.Popen(command_line(*arguments), stderr=subprocess.DEVNULL, env=environment())
+    try:
+        while not (runs.run / "log.jsonl").exists():
+            assert other.poll() is None
+            time.sleep(0.02)
+        other.send_signal(signal.SIGSTOP)
+        before = runs.files()
+        assert_refused(runs.train(file, *endless), 2, "another command", str(runs.run), "--run")
+        assert runs.files() == before
+    finally:
+        other.kill()
+        other.wait()
+    with held(runs.run):
+        pass  # what was killed holds nothing
 
 
 def test_dialogues_that_cannot_be_trained_on_claim_no_folder(runs: Runs, tmp_path: Path) -> None:

@@ -70,11 +70,12 @@ def train_stage(options: TrainOptions, offline: bool | None = None) -> ArtifactR
     from drafter.parallel import joined
 
     with joined() as share, quiet(not share.first):
-        report = _train_stage(options, share, offline)
-    return report if share.first else None
+        return _train_stage(options, share, offline)
 
 
-def _train_stage(options: TrainOptions, share: Share, offline: bool | None) -> ArtifactReport:
+def _train_stage(
+    options: TrainOptions, share: Share, offline: bool | None
+) -> ArtifactReport | None:
     training = train_config(options.training)
     _check_surroundings(options, share)
     with share.in_turn():
@@ -86,11 +87,14 @@ def _train_stage(options: TrainOptions, share: Share, offline: bool | None) -> A
         options = options.model_copy(update={"from_target": False})
     run = options.run or target_workspace(target) / "train"
     out = options.out or target_workspace(target) / "drafter"
-    refuse_foreign(out, DRAFTER_KIND)
+    if share.first:
+        refuse_foreign(out, DRAFTER_KIND)
     inputs = _inputs(options, target, out)
     arguments = _arguments(options, config, training)
-    if is_up_to_date(out, DRAFTER_KIND, inputs, arguments):
-        return _report(out, up_to_date=True)
+    # The other processes may be on machines that do not see `out`: the first one's word counts.
+    (done,) = share.sums([share.first and is_up_to_date(out, DRAFTER_KIND, inputs, arguments)])
+    if done:
+        return _report(out, up_to_date=True) if share.first else None
     with disk_full_as_error(run), held(run) if share.first else nullcontext():
         with share.in_turn():
             corpus = _claimed(run, {**inputs, **arguments}, options, target, config, training)
@@ -100,7 +104,7 @@ def _train_stage(options: TrainOptions, share: Share, offline: bool | None) -> A
                 data["processes"] = share.count
             _write(drafter, out, target.name, inputs, arguments, data, run / _LOG)
         share.wait()
-    return _report(out, up_to_date=False)
+    return _report(out, up_to_date=False) if share.first else None
 
 
 def _claimed(

@@ -122,7 +122,8 @@ class _Task:
     def loss(self, name: str, inputs: list[Tensor], score: Score, used: list[Tensor]) -> _Loss:
         """Of head inputs K times [N, H], scored by way of the parameters `used`."""
         config = self.config
-        weights = STEP_WEIGHTS[config.step_weights](config.draft_steps, config.decay)
+        weighting = STEP_WEIGHTS[config.step_weights]
+        weights = weighting(config.draft_steps, config.decay, config.pace_floor)
         objective = Objective(LOSSES[name], weights)
         if not config.sampled_rows:  # the scores of all rows would fill the memory
             scoring = self._scoring(score, used)

@@ -39,6 +39,7 @@ from pipeline.draft_vocabulary import (
     vocabulary_inputs,
 )
 from pipeline.drafter_shape import drafter_config, start_fingerprint
+from pipeline.given import refuse_given
 from pipeline.metrics import line, require_tensorboard, tensorboard
 from pipeline.progress import note, progress, quiet
 from pipeline.reports import ArtifactReport
@@ -140,6 +141,8 @@ def _check_surroundings(options: TrainOptions, share: Share) -> None:
         )
     if options.corpus is not None and options.dialogues is not None:
         raise UsageError("--corpus and --dialogues were both given; one of them is needed.")
+    if options.capture == "online":
+        refuse_given(options, {"shard_megabytes"}, "is for stored states, --capture is online")
     if options.tensorboard is not None:
         require_tensorboard()
 
@@ -164,9 +167,11 @@ def _arguments(
     arguments: dict[str, Any] = {
         "drafter": config.model_dump(mode="json"),
         "training": training.model_dump(mode="json"),
-        **options.model_dump(include={"head_init", "from_target", "holdout"}),
+        **options.model_dump(include={"from_target", "holdout"}),
         **vocabulary_arguments(options),
     }
+    if config.head == "low_rank":
+        arguments["head_init"] = options.head_init
     if options.capture == "online":
         arguments["capture"] = options.capture
     if options.draft_vocab == AUTO:  # what was asked for; what was found is in the data
@@ -208,12 +213,17 @@ def train_config(fields: dict[str, Any]) -> TrainConfig:
     from drafter.train_config import TrainConfig
 
     try:
-        return TrainConfig(**fields)
+        config = TrainConfig(**fields)
     except ValidationError as error:
         first = error.errors()[0]
         name = "-".join(str(part) for part in first["loc"]).replace("_", "-")
         reason = first["msg"].removeprefix("Input ")
         raise UsageError(f"--{name} is {first['input']!r}: it {reason}.") from None
+    for field, kind in (("decay", "geometric"), ("pace_floor", "d-pace")):
+        if config.step_weights != kind:
+            lost = f"goes with --step-weights {kind}, which is {config.step_weights}"
+            refuse_given(config, {field}, lost)
+    return config
 
 
 def _corpus(options: TrainOptions, target: TargetFolder, run: Path, config: DrafterConfig) -> Path:

@@ -10,9 +10,9 @@ result is sum_k mean over N of weight_k * loss_k. Weights of the draft steps: `g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -77,7 +77,7 @@ class StepWeights:
         return [weight * factor for weight, factor in zip(self.by_step, factors, strict=True)]
 
 
-def geometric_weights(steps: int, decay: float) -> StepWeights:
+def geometric_weights(steps: int, decay: float, floor: float = 0.5) -> StepWeights:  # noqa: ARG001
     """decay^k, scaled to sum to 1, so that the learning rate does not depend on the number of
     steps.
     """
@@ -85,17 +85,23 @@ def geometric_weights(steps: int, decay: float) -> StepWeights:
     return StepWeights(tuple(w / sum(raw) for w in raw))
 
 
-def uniform_weights(steps: int, decay: float) -> StepWeights:  # noqa: ARG001
+def uniform_weights(steps: int, decay: float, floor: float = 0.5) -> StepWeights:  # noqa: ARG001
     """1 / K each."""
     return geometric_weights(steps, 1.0)
 
 
-def pace_weights(steps: int, decay: float) -> StepWeights:  # noqa: ARG001
-    """D-PACE with a = 1/2, as in the paper."""
-    return StepWeights((1.0 / steps,) * steps, floor=0.5)
+def pace_weights(steps: int, decay: float, floor: float = 0.5) -> StepWeights:  # noqa: ARG001
+    """D-PACE, whose a is `floor`; 1/2 in the paper."""
+    return StepWeights((1.0 / steps,) * steps, floor=floor)
 
 
-STEP_WEIGHTS: dict[str, Callable[[int, float], StepWeights]] = {
+class Weighting(Protocol):
+    """The weights of so many draft steps; each kind takes what it needs of the rest."""
+
+    def __call__(self, steps: int, decay: float, floor: float = 0.5) -> StepWeights: ...
+
+
+STEP_WEIGHTS: dict[str, Weighting] = {
     "geometric": geometric_weights,
     "uniform": uniform_weights,
     "d-pace": pace_weights,

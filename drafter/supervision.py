@@ -27,37 +27,48 @@ class Text(Protocol):
 
 @dataclass(frozen=True)
 class Needs:
-    """What a document must fit: the drafter, and whether its prompt is taught as well."""
+    """What a document of a corpus must fit: the drafter, and whether prompts are taught as well."""
 
     drafter: DrafterConfig
     supervise: str = "answers"
 
     def check(self, document: Text, name: str) -> None:
         """Raises UsageError naming the document where it does not fit."""
-        length, positions = len(document.ids), self.drafter.max_positions
-        if length > positions:
-            raise UsageError(
-                f"{name} has {length} tokens, the drafter has {positions} positions; cut it or "
-                "take it out of the corpus."
-            )
+        length = len(document.ids)
         if length == 0 or (self.supervise == "answers" and not document.mask.any()):
             raise UsageError(
                 f"{name} has no response token to learn from; take it out of the corpus"
                 f"{', or train with --supervise all' if length else ''}."
             )
-        low, high = int(document.ids.min()), int(document.ids.max())
-        if low < 0 or high >= self.drafter.vocab_size:
-            raise UsageError(
-                f"{name} has the token id {low if low < 0 else high}, the target's vocabulary has "
-                f"{self.drafter.vocab_size}; the corpus was made with another tokenizer: make it "
-                "again for this target with `pipeline corpus`."
-            )
+        check_fits(document, name, self.drafter)
 
 
-def check_documents(documents: Iterable[Text], needs: Needs) -> None:
-    """Raises UsageError naming the first document that does not fit."""
+def check_fits(document: Text, name: str, drafter: DrafterConfig) -> None:
+    """Raises UsageError naming the document where the drafter cannot read it."""
+    length, positions = len(document.ids), drafter.max_positions
+    if length == 0:
+        raise UsageError(f"{name} is empty; take it out of the corpus.")
+    if length > positions:
+        raise UsageError(
+            f"{name} has {length} tokens, the drafter has {positions} positions; cut it or "
+            "take it out of the corpus."
+        )
+    low, high = int(document.ids.min()), int(document.ids.max())
+    if low < 0 or high >= drafter.vocab_size:
+        raise UsageError(
+            f"{name} has the token id {low if low < 0 else high}, the target's vocabulary has "
+            f"{drafter.vocab_size}; the corpus was made with another tokenizer: make it "
+            "again for this target with `pipeline corpus`."
+        )
+
+
+def check_documents(documents: Iterable[Text], drafter: DrafterConfig) -> None:
+    """Raises UsageError naming the first document that the drafter cannot read. One without a
+    response token may be there: the only token of an answer whose states were kept while it was
+    written is not taught. Whether a step has something to learn from, `check_steps` says.
+    """
     for number, document in enumerate(documents):
-        needs.check(document, f"Document {number}")
+        check_fits(document, f"Document {number}", drafter)
 
 
 def check_steps(plan: Sequence[Sequence[Sequence[int]]], counts: Sequence[int], steps: int) -> None:

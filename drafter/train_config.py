@@ -14,7 +14,8 @@ from drafter.losses import LOSSES
 class TrainConfig(BaseModel):
     """Everything a run depends on besides its data. Unknown keys are refused.
 
-    `steps`, where it is given, ends the run, not `epochs`.
+    `steps`, where it is given, ends the run, not `epochs`. `decay` is of geometric step weights,
+    `pace_floor` (D-PACE's a) of d-pace.
     `batch_tokens` are those of a micro-batch, `accumulate` how many of them make a step. `ema`: the
     decay of the weights' running mean, which becomes the drafter; 0: none. `supervise`: "all"
     teaches the prompts' tokens too, which is right where the target wrote them.
@@ -34,6 +35,7 @@ class TrainConfig(BaseModel):
     draft_steps: int = Field(4, gt=0)
     step_weights: Literal["geometric", "uniform", "d-pace"] = "geometric"
     decay: float = Field(0.8, gt=0, le=1)
+    pace_floor: float = Field(0.5, ge=0, lt=1)
     loss: str = "kl"
     sampled_rows: int = Field(1024, ge=0)
     supervise: Literal["answers", "all"] = "answers"

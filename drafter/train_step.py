@@ -9,7 +9,7 @@ beforehand, by a forward pass of its own (about a third more work); else it is t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -61,11 +61,11 @@ class PartLoss(nn.Module):
         with self._autocast():
             drafted, teacher = self._draft(batch)
             task = _Task(self.drafter, self.config, rows, teacher.to(self._kind), whole)
-            score: Score = partial(head.row_scores, rows=rows.ids)  # type: ignore[operator, arg-type, misc]
+            score = _by_rows(self.config, rows, head.scores, head.row_scores)  # type: ignore[arg-type]
             used: list[Tensor] = [] if rescored else [*head.parameters()]
             loss, alphas = task.loss(self.config.loss, drafted, score, used)
             if rescored:
-                preview: Score = partial(head.preview_rows, rows=rows.ids)  # type: ignore[operator, arg-type, misc]
+                preview = _by_rows(self.config, rows, head.preview, head.preview_rows)  # type: ignore[arg-type]
                 detached = [h.detach() for h in drafted]
                 loss = loss + task.loss("kl", detached, preview, [*head.parameters()])[0]
         if self.sharded:  # every process must pass every gradient on, documents or not
@@ -78,7 +78,8 @@ class PartLoss(nn.Module):
         with self._autocast():
             drafted, teacher = self._draft(batch)
             task = _Task(self.drafter, self.config, rows, teacher.to(self._kind), Whole())
-            score = partial(self.drafter.lm_head.row_scores, rows=rows.ids)  # type: ignore[operator, arg-type, misc]
+            head = self.drafter.lm_head
+            score = _by_rows(self.config, rows, head.scores, head.row_scores)  # type: ignore[arg-type]
             return task.alpha_sums(drafted, score)
 
     @property
@@ -104,6 +105,15 @@ class PartLoss(nn.Module):
         return drafted, batch.states[rows, positions]
 
 
+def _by_rows(
+    config: TrainConfig, rows: Rows, scores: Score, row_scores: Callable[..., Tensor]
+) -> Score:
+    """A head's scores of the step's vocabulary rows. Picking rows copies them: where all are meant,
+    that would be the whole matrix, once for every few positions and draft steps.
+    """
+    return partial(row_scores, rows=rows.ids) if config.sampled_rows else scores
+
+
 def _rescores(drafter: Drafter) -> bool:
     return isinstance(drafter.lm_head, LowRankHead) and drafter.lm_head.rescore > 0
 
@@ -115,14 +125,18 @@ class _Task:
         self, drafter: Drafter, config: TrainConfig, rows: Rows, teacher: Tensor, whole: Whole
     ) -> None:
         self.config, self.rows, self.teacher, self.whole = config, rows, teacher, whole
-        self.target_rows = drafter.target_rows[0][rows.ids].to(teacher.dtype)  # [C, Ht]
+        target_rows = drafter.target_rows[0]
+        if config.sampled_rows:
+            target_rows = target_rows[rows.ids]
+        self.target_rows = target_rows.to(teacher.dtype)  # [C, Ht]; all of them: no copy in fp32
         head = drafter.lm_head
         self.kept = head.kept(rows.ids) if isinstance(head, TruncatedHead) else None
 
     def loss(self, name: str, inputs: list[Tensor], score: Score, used: list[Tensor]) -> _Loss:
         """Of head inputs K times [N, H], scored by way of the parameters `used`."""
         config = self.config
-        weights = STEP_WEIGHTS[config.step_weights](config.draft_steps, config.decay)
+        weighting = STEP_WEIGHTS[config.step_weights]
+        weights = weighting(config.draft_steps, config.decay, config.pace_floor)
         objective = Objective(LOSSES[name], weights)
         if not config.sampled_rows:  # the scores of all rows would fill the memory
             scoring = self._scoring(score, used)

@@ -29,7 +29,7 @@ from drafter.run_state import (
     save_state,
 )
 from drafter.sharding import full
-from drafter.supervision import Needs, check_documents, check_steps
+from drafter.supervision import check_documents, check_steps
 from drafter.train_config import TrainConfig
 from drafter.train_log import Clock, StepReport, append, forget_after
 from drafter.train_step import Learner, train_step
@@ -70,7 +70,7 @@ def train(
     UsageError for documents that cannot be trained on, a folder that holds a run of another config,
     and what becomes infinite or not a number.
     """
-    check_documents(texts_of(documents), Needs(drafter.config, config.supervise))
+    check_documents(texts_of(documents), drafter.config)
     if config.supervise == "all":
         documents = with_mask(documents, with_prompt)
     plan = batch_plan(config, lengths_of(documents))

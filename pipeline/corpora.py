@@ -91,14 +91,19 @@ def dialogues_corpus(file: Path, out: Path, vocab_size: int, tokenizer: str | No
     """A corpus artifact from a JSONL file of dialogues (see `drafter.corpus.read_dialogues`)."""
     from drafter.corpus import read_dialogues, write_shards
 
-    inputs = {"dialogues": sha256_file(_existing(file))}
+    inputs = {"dialogues": dialogues_fingerprint(file)}
     arguments = {"vocab_size": vocab_size}
-    if not is_up_to_date(out, KIND, inputs, arguments, verify="size"):
+    if not is_up_to_date(out, KIND, inputs, arguments):
         note(f"reading the dialogues of {file}")
         data = {} if tokenizer is None else {"tokenizer_sha256": tokenizer}
         with write_artifact(out, KIND, file.name, inputs, arguments, data) as folder:
             write_shards(folder, read_dialogues(file, vocab_size), tokenizer=tokenizer)
     return out
+
+
+def dialogues_fingerprint(file: Path) -> str:
+    """Hex SHA-256 of a file of dialogues. Raises UsageError where there is none."""
+    return sha256_file(_existing(file))
 
 
 def corpus_fingerprint(folder: Path) -> str:

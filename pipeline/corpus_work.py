@@ -94,7 +94,7 @@ def _refuse_others(work: Path, found: dict[str, Any], settings: Settings) -> Non
     default.
     """
     wanted = settings.to_json()
-    defaults = CorpusOptions().model_dump(mode="json")
+    defaults = CorpusOptions.model_validate({}).model_dump(mode="json")
     for kind, known in (("inputs", {}), ("arguments", defaults)):
         for name in sorted({*found.get(kind, {}), *wanted[kind]} - settings.free):
             was, now = ({**known, **of.get(kind, {})}.get(name) for of in (found, wanted))

@@ -8,7 +8,7 @@ drafter's manifest records how it was found.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from drafter.sources import TargetFolder
 from drafter.sources.folder import weights_fingerprint
 from pipeline.captures import Teacher
 from pipeline.config import DrafterOptions
+from pipeline.given import refuse_given
 from pipeline.progress import note
 from pipeline.stages import find_drafter
 
@@ -41,16 +42,11 @@ def check_vocabulary_options(options: DrafterOptions) -> None:
     """Refuse options of a draft vocabulary that would be lost. Raises UsageError."""
     if options.head != "truncated":
         names = {"draft_vocab", "draft_vocab_from", "vocab_drafter", *SEARCH_OPTIONS}
-        _refuse(options, names, f"is for the truncated head, --head is {options.head}")
+        refuse_given(options, names, f"is for the truncated head, --head is {options.head}")
     if options.draft_vocab != AUTO:
-        _refuse(options, SEARCH_OPTIONS, f"goes with --draft-vocab {AUTO}")
+        refuse_given(options, SEARCH_OPTIONS, f"goes with --draft-vocab {AUTO}")
     if options.draft_vocab_from != DRAFTED:
-        _refuse(options, {"vocab_drafter"}, f"goes with --draft-vocab-from {DRAFTED}")
-
-
-def _refuse(options: DrafterOptions, names: Collection[str], needs: str) -> None:
-    if lost := options.model_fields_set & set(names):
-        raise UsageError(f"--{min(lost).replace('_', '-')} {needs}; drop one.")
+        refuse_given(options, {"vocab_drafter"}, f"goes with --draft-vocab-from {DRAFTED}")
 
 
 def vocabulary_arguments(options: DrafterOptions) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from drafter.sources.folder import weights_fingerprint
 from drafter.tokenizer import vocabulary_sha256
 from pipeline.config import DrafterOptions, TrainOptions
 from pipeline.draft_vocabulary import AUTO, check_vocabulary_options
+from pipeline.given import refuse_given
 from pipeline.stages import find_drafter
 
 
@@ -34,8 +35,11 @@ def drafter_config(
     if options.head not in HEADS:
         raise UsageError(f"--head is '{options.head}'; known heads: {', '.join(sorted(HEADS))}.")
     low_rank = options.head == "low_rank"
-    if not low_rank and options.rank is not None:
-        raise UsageError(f"--rank is for the low_rank head, --head is {options.head}; drop one.")
+    if not low_rank:
+        lost = f"is for the low_rank head, --head is {options.head}"
+        refuse_given(options, {"rank", "rescore", "head_init"}, lost)
+    if options.body is not None:
+        refuse_given(options, {"from_target"}, "is for a fresh layer, --body was given")
     check_vocabulary_options(options)
     size = options.draft_vocab
     if size in (None, AUTO):  # what the search finds takes the place of the quarter

@@ -1,37 +1,35 @@
 """The training stage: corpus -> captured states -> trained drafter -> measured artifact.
 
 A run has a folder: `run.json` (what it is made from), `corpus/` (where dialogues were given),
-`captured/`, the state of the training and `log.jsonl`. The same command goes on with a stopped run.
+`captured/`, the state of the training and `log.jsonl`. One command at a time works in it; the same
+command goes on with a stopped run.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from drafter.artifact import (
-    atomic_write_json,
     disk_full_as_error,
     is_up_to_date,
     read_artifact,
     refuse_foreign,
     write_artifact,
 )
-from drafter.config import (
-    DrafterConfig,
-    read_json,
-)
+from drafter.config import DrafterConfig
 from drafter.errors import UsageError
 from drafter.sources import TargetFolder
 from drafter.tokenizer import vocabulary_sha256
 from pipeline.benchmark_marks import refuse_benchmark_corpus
 from pipeline.captures import Teacher, capture_corpus, captured_documents, split, teacher_of
 from pipeline.config import TrainOptions
-from pipeline.corpora import corpus_fingerprint, dialogues_corpus
+from pipeline.corpora import corpus_fingerprint, dialogues_corpus, dialogues_fingerprint
 from pipeline.corpus_check import check_corpus
 from pipeline.draft_vocabulary import (
     AUTO,
@@ -41,9 +39,11 @@ from pipeline.draft_vocabulary import (
     vocabulary_inputs,
 )
 from pipeline.drafter_shape import drafter_config, start_fingerprint
+from pipeline.given import refuse_given
 from pipeline.metrics import line, require_tensorboard, tensorboard
 from pipeline.progress import note, progress, quiet
 from pipeline.reports import ArtifactReport
+from pipeline.run_folder import check_run, claim_run, held
 from pipeline.stages import DRAFTER_KIND, artifact_report, fetch_target, find_drafter
 from pipeline.workspace import target_workspace
 
@@ -71,11 +71,12 @@ def train_stage(options: TrainOptions, offline: bool | None = None) -> ArtifactR
     from drafter.parallel import joined
 
     with joined() as share, quiet(not share.first):
-        report = _train_stage(options, share, offline)
-    return report if share.first else None
+        return _train_stage(options, share, offline)
 
 
-def _train_stage(options: TrainOptions, share: Share, offline: bool | None) -> ArtifactReport:
+def _train_stage(
+    options: TrainOptions, share: Share, offline: bool | None
+) -> ArtifactReport | None:
     training = train_config(options.training)
     _check_surroundings(options, share)
     with share.in_turn():
@@ -87,29 +88,47 @@ def _train_stage(options: TrainOptions, share: Share, offline: bool | None) -> A
         options = options.model_copy(update={"from_target": False})
     run = options.run or target_workspace(target) / "train"
     out = options.out or target_workspace(target) / "drafter"
-    refuse_foreign(out, DRAFTER_KIND)
-    with share.in_turn():
-        corpus = _corpus(options, target, run, config)
-    inputs = _inputs(options, target, corpus, out)
-    arguments = _arguments(options, config, training)
-    if is_up_to_date(out, DRAFTER_KIND, inputs, arguments):
-        return _report(out, up_to_date=True)
-    check_corpus(corpus, config, training.supervise)
-    with disk_full_as_error(run):
-        with share.in_turn():
-            refuse_benchmark_corpus(corpus, target.path)
-            _claim(run, {**inputs, **arguments})
-        drafter, data = _trained(teacher, config, options, training, corpus, run, share)
     if share.first:
-        if share.count > 1:
-            data["processes"] = share.count
-        _write(drafter, out, target.name, inputs, arguments, data, run / _LOG)
-    share.wait()
-    return _report(out, up_to_date=False)
+        refuse_foreign(out, DRAFTER_KIND)
+    inputs = _inputs(options, target, out)
+    arguments = _arguments(options, config, training)
+    # The other processes may be on machines that do not see `out`: the first one's word counts.
+    (done,) = share.sums([share.first and is_up_to_date(out, DRAFTER_KIND, inputs, arguments)])
+    if done:
+        return _report(out, up_to_date=True) if share.first else None
+    with disk_full_as_error(run), held(run) if share.first else nullcontext():
+        with share.in_turn():
+            corpus = _claimed(run, {**inputs, **arguments}, options, target, config, training)
+        drafter, data = _trained(teacher, config, options, training, corpus, run, share)
+        if share.first:
+            if share.count > 1:
+                data["processes"] = share.count
+            _write(drafter, out, target.name, inputs, arguments, data, run / _LOG)
+        share.wait()
+    return _report(out, up_to_date=False) if share.first else None
+
+
+def _claimed(
+    run: Path,
+    made_from: dict[str, Any],
+    options: TrainOptions,
+    target: TargetFolder,
+    config: DrafterConfig,
+    training: TrainConfig,
+) -> Path:
+    """The corpus of a run that may use its folder. Another run's is refused before anything is
+    written there; a corpus that cannot be trained on leaves the folder unclaimed.
+    """
+    check_run(run, made_from)
+    corpus = _corpus(options, target, run, config)
+    check_corpus(corpus, config, training.supervise)
+    refuse_benchmark_corpus(corpus, target.path)
+    claim_run(run, made_from)
+    return corpus
 
 
 def _check_surroundings(options: TrainOptions, share: Share) -> None:
-    """Refuse what this environment cannot do. Raises UsageError, MissingError."""
+    """Refuse what does not go together or cannot be done here. Raises UsageError, MissingError."""
     if options.shard and share.count == 1:
         raise UsageError(
             "--shard needs several processes, there is one; start them with "
@@ -120,13 +139,21 @@ def _check_surroundings(options: TrainOptions, share: Share) -> None:
             f"--device is {options.device} and there are {share.count} processes; several learn on "
             "CPUs only: give --device cpu, or start one process."
         )
+    if options.corpus is not None and options.dialogues is not None:
+        raise UsageError("--corpus and --dialogues were both given; one of them is needed.")
+    if options.capture == "online":
+        refuse_given(options, {"shard_megabytes"}, "is for stored states, --capture is online")
     if options.tensorboard is not None:
         require_tensorboard()
 
 
-def _inputs(options: TrainOptions, target: TargetFolder, corpus: Path, out: Path) -> dict[str, str]:
-    """What the drafter is made from, by hash. Raises UsageError."""
-    inputs = {"target": target.fingerprint, "corpus": corpus_fingerprint(corpus)}
+def _inputs(options: TrainOptions, target: TargetFolder, out: Path) -> dict[str, str]:
+    """What the drafter is made from, by hash; writes nothing. Raises UsageError."""
+    inputs = {"target": target.fingerprint}
+    if options.dialogues is not None:
+        inputs["dialogues"] = dialogues_fingerprint(options.dialogues)
+    else:
+        inputs["corpus"] = corpus_fingerprint(_given_corpus(options, target))
     inputs |= vocabulary_inputs(options, target, out)
     for name, chosen in (("start", options.start), ("body", options.body)):
         if chosen is not None:
@@ -140,9 +167,11 @@ def _arguments(
     arguments: dict[str, Any] = {
         "drafter": config.model_dump(mode="json"),
         "training": training.model_dump(mode="json"),
-        **options.model_dump(include={"head_init", "from_target", "holdout"}),
+        **options.model_dump(include={"from_target", "holdout"}),
         **vocabulary_arguments(options),
     }
+    if config.head == "low_rank":
+        arguments["head_init"] = options.head_init
     if options.capture == "online":
         arguments["capture"] = options.capture
     if options.draft_vocab == AUTO:  # what was asked for; what was found is in the data
@@ -184,46 +213,39 @@ def train_config(fields: dict[str, Any]) -> TrainConfig:
     from drafter.train_config import TrainConfig
 
     try:
-        return TrainConfig(**fields)
+        config = TrainConfig(**fields)
     except ValidationError as error:
         first = error.errors()[0]
         name = "-".join(str(part) for part in first["loc"]).replace("_", "-")
         reason = first["msg"].removeprefix("Input ")
         raise UsageError(f"--{name} is {first['input']!r}: it {reason}.") from None
+    for field, kind in (("decay", "geometric"), ("pace_floor", "d-pace")):
+        if config.step_weights != kind:
+            lost = f"goes with --step-weights {kind}, which is {config.step_weights}"
+            refuse_given(config, {field}, lost)
+    return config
 
 
 def _corpus(options: TrainOptions, target: TargetFolder, run: Path, config: DrafterConfig) -> Path:
-    """The corpus folder, of the target's own tokenizer. Raises UsageError."""
+    """The corpus folder: the given one, or one that is made of dialogues in the run's folder."""
+    if options.dialogues is None:
+        return _given_corpus(options, target)
+    tokenizer = vocabulary_sha256(target.path / "tokenizer.json")
+    return dialogues_corpus(options.dialogues, run / "corpus", config.vocab_size, tokenizer)
+
+
+def _given_corpus(options: TrainOptions, target: TargetFolder) -> Path:
+    """The folder of a corpus of the target's own tokenizer. Raises UsageError."""
     from drafter.corpus import check_tokenizer
 
-    tokenizer = vocabulary_sha256(target.path / "tokenizer.json")
-    if options.corpus is not None and options.dialogues is not None:
-        raise UsageError("--corpus and --dialogues were both given; one of them is needed.")
-    if options.dialogues is not None:
-        return dialogues_corpus(options.dialogues, run / "corpus", config.vocab_size, tokenizer)
     folder = options.corpus or target_workspace(target) / "corpus"
     if not folder.is_dir():
         raise UsageError(
             f"there is no corpus in {folder}; make one with `pipeline corpus --target "
             f"{options.target}` or give --corpus DIR or --dialogues FILE.jsonl.gz."
         )
-    check_tokenizer(folder, tokenizer)
+    check_tokenizer(folder, vocabulary_sha256(target.path / "tokenizer.json"))
     return folder
-
-
-def _claim(run: Path, made_from: dict[str, Any]) -> None:
-    """Note what a run is made from; refuse the folder of another one."""
-    state = run / "run.json"
-    if state.exists():
-        found = read_json(state)
-        for field in sorted({*found, *made_from}):
-            if found.get(field) != made_from.get(field):
-                raise UsageError(
-                    f"{run} holds a run with another {field}; give another --run folder, or remove "
-                    "this one to start anew."
-                )
-        note(f"going on with the run in {run}")
-    atomic_write_json(state, made_from)
 
 
 def _train(

@@ -356,6 +356,10 @@ def train(
         float | None,
         o.option("--decay", help="geometric: weight of each step by the last.", default="0.8"),
     ] = None,
+    pace_floor: Annotated[
+        float | None,
+        o.option("--pace-floor", help="d-pace: its a, from 0 to below 1.", default="0.5"),
+    ] = None,
     loss: Annotated[
         str | None,
         o.option("--loss", help="kl, lk_hybrid, lk_alpha, tv, ce or reverse_kl.", default="kl"),
@@ -456,6 +460,7 @@ def train(
         "draft_steps": draft_steps,
         "step_weights": step_weights,
         "decay": decay,
+        "pace_floor": pace_floor,
         "loss": loss,
         "sampled_rows": sampled_rows,
         "supervise": supervise,

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from drafter.average import Average
 from drafter.batches import NOBODY, pack, packed_order, packed_rows, supervised_positions
@@ -106,6 +107,47 @@ def test_micro_batches_give_the_step_of_one_batch(loss: str, sampled_rows: int) 
     together = step(DOCUMENTS, [list(range(12))], **options)
     apart = step(DOCUMENTS, [[0, 1, 2, 3, 4, 5, 6], [7], [8, 9, 10, 11]], **options)
     assert_same_step(together, apart)
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation made, views left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        held = {a.untyped_storage().data_ptr() for a in args if isinstance(a, Tensor)}
+        for tensor in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in held:
+                self.elements = max(self.elements, tensor.numel())
+        return made
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [{"rescore": 16}, {"rescore": 0}, {"head": "target", "rescore": 0}],
+    ids=["rescored", "plain", "target"],
+)
+def test_scoring_all_rows_copies_no_matrix(shape: dict[str, Any]) -> None:
+    """In the step that training takes: nothing is as large as the target's rows, or as the scores
+    of more than a chunk's positions.
+    """
+    target = tiny_target(vocab_size=5000)
+    documents = tiny_captured(target, 2)
+    learner = Learner(tiny_drafter(target, **shape), TrainConfig(**EXACT, sampled_rows=0))
+    head_rows = 5000 * 32  # those of the target; the head's own factor is 5000 x 4
+    positions = sum(int(d.mask[3:].sum()) for d in documents)
+    assert 5000 * positions < head_rows, "scores of all positions must not hide a copy"
+    with Largest() as found:
+        train_step(learner, documents, [[0, 1]], 0, 10, Clock())
+    assert 0 < found.elements < head_rows
+
+
+def test_all_rows_give_the_step_of_a_sample_that_holds_them_all() -> None:
+    every = step(DOCUMENTS, [[*range(12)]], sampled_rows=0)
+    assert_same_step(every, step(DOCUMENTS, [[*range(12)]], sampled_rows=61))
 
 
 def test_position_weights_do_not_depend_on_the_micro_batches() -> None:

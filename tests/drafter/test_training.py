@@ -80,6 +80,17 @@ def test_prompts_are_supervised_when_asked_for() -> None:
         assert not document.mask[0], "the document itself is left alone"
 
 
+def test_a_document_that_teaches_nothing_is_no_obstacle(tmp_path: Path) -> None:
+    """Such is an answer of one token whose states were kept while it was written."""
+    silent = replace(DOCUMENTS[0], mask=torch.zeros_like(DOCUMENTS[0].mask))
+    config = TrainConfig(**FAST, epochs=1)
+    one = train(tiny_drafter(TARGET), [*DOCUMENTS[1:], silent], config, tmp_path / "one")
+    assert [row.step for row in read_log(tmp_path / "one")] != []
+    assert all(parameter.isfinite().all() for parameter in one.parameters())
+    with pytest.raises(UsageError, match="batch of step 0"):
+        train(tiny_drafter(TARGET), [silent], config, tmp_path / "none")
+
+
 def test_supervising_all_changes_what_is_learnt(tmp_path: Path) -> None:
     states = []
     for name in ("answers", "all"):

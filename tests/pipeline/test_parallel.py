@@ -100,3 +100,26 @@ def test_two_processes_with_half_the_weights_each_train_what_one_does(
     shutil.rmtree(two)
     again = train(ONE, tiny_llama_dir, tmp_path / "two", MORE)
     assert (again / "model.safetensors").read_bytes() == weights
+
+
+def test_only_the_first_process_needs_to_see_where_the_drafter_is_written(
+    cache: Path, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    """Each process has an --out of its own, as on two machines; the same command is up to date."""
+    out = f'--out="{tmp_path}/out-of-$RANK"'
+    script = f'exec "{sys.executable}" -m pipeline "$@" {out}'
+    launcher = (*TORCHRUN[:4], "--no-python", "bash", "--", "-c", script, "pipeline")
+    options = (*OPTIONS, "--epochs=1", f"--dialogues={dialogues(tmp_path)}")
+    where = (f"--target={tiny_llama_dir}", f"--run={tmp_path / 'run'}")
+    for up_to_date in (False, True):
+        done = subprocess.run(
+            (sys.executable, *launcher, "train", *where, *options),
+            capture_output=True,
+            text=True,
+            env=environment(),
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        (line,) = [line for line in done.stdout.splitlines() if line.startswith("{")]
+        assert json.loads(line)["up_to_date"] is up_to_date
+    assert [path.name for path in tmp_path.glob("out-of-*")] == ["out-of-0"]

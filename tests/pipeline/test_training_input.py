@@ -44,7 +44,7 @@ def test_a_document_that_does_not_fit_is_named_before_any_work(
 ) -> None:
     corpus = shards_of(tmp_path / "corpus", GOOD, GOOD, bad, GOOD)
     assert_refused(train(tiny_llama_dir, corpus, tmp_path), 2, "document 2 of", str(corpus), *words)
-    assert not (tmp_path / "run").exists()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
     assert not (tmp_path / "drafter").exists()
 
 
@@ -101,3 +101,23 @@ def test_states_that_are_not_finite_name_step_and_document_and_keep_the_last_sta
     assert state["step"] > 0, "the steps before it are saved"
     assert f"at step {state['step']}," in result.last_line, "counted from 0"
     assert all(tensor.isfinite().all() for tensor in kept.values())
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (("--head=dense", "--rescore=64"), ("--rescore", "low_rank", "dense")),
+        (("--head=truncated", "--head-init=svd"), ("--head-init", "low_rank", "truncated")),
+        (("--body=smollm2-135m", "--from-target"), ("--from-target", "--body")),
+        (("--body=smollm2-135m", "--from-random"), ("--from-random", "--body")),
+        (("--step-weights=uniform", "--decay=0.3"), ("--decay", "geometric", "uniform")),
+        (("--step-weights=d-pace", "--decay=0.3"), ("--decay", "geometric", "d-pace")),
+        (("--pace-floor=0.3",), ("--pace-floor", "d-pace", "geometric")),
+        (("--step-weights=d-pace", "--pace-floor=1"), ("--pace-floor", "less than 1")),
+        (("--capture=online", "--shard-megabytes=9"), ("--shard-megabytes", "online")),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(
+    cache: Path, tiny_llama_dir: Path, given: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    assert_refused(run_command("train", f"--target={tiny_llama_dir}", *given), 2, *words)

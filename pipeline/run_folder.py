@@ -66,7 +66,7 @@ def first_change(found: dict[str, Any], made_from: dict[str, Any]) -> str | None
     """
     from drafter.train_config import TrainConfig
 
-    models = {"training": TrainConfig, "drafter": DrafterConfig}
+    models: dict[str, type[BaseModel]] = {"training": TrainConfig, "drafter": DrafterConfig}
     for name in sorted({*found, *made_from}):
         old, new = found.get(name), made_from.get(name)
         if name in models and isinstance(old, dict) and isinstance(new, dict):

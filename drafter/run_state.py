@@ -8,7 +8,6 @@ last one.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import threading
@@ -23,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from drafter.artifact import atomic_write_json, sha256_file
+from drafter.config import read_json
 from drafter.errors import UsageError
 from drafter.sharding import full, like
 from drafter.train_step import Learner
@@ -77,7 +77,9 @@ def load_state(run: Path, config: dict[str, Any]) -> Saved | None:
     """
     if not (run / STATE).exists():
         return None
-    state = json.loads((run / STATE).read_text(encoding="utf-8"))
+    state = read_json(run / STATE)
+    if lost := {"step", "config", "tensors", "sha256"} - state.keys():
+        raise UsageError(f"{run / STATE} has no {min(lost)}; delete {run} and train again.")
     changed = {k: (v, config.get(k)) for k, v in state["config"].items() if config.get(k) != v}
     if changed:
         field, (old, new) = next(iter(changed.items()))

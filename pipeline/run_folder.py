@@ -13,9 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from drafter.artifact import atomic_write_json
-from drafter.config import read_json
+from drafter.config import DrafterConfig, read_json
 from drafter.errors import UsageError
+from pipeline.config import TrainOptions
 from pipeline.progress import note
 
 _RUN = "run.json"
@@ -41,16 +44,49 @@ def check_run(run: Path, made_from: dict[str, Any]) -> None:
     """Raises UsageError where the folder is another run's. Writes nothing."""
     if not (run / _RUN).exists():
         return
-    found = read_json(run / _RUN)
-    for field in sorted({*found, *made_from}):
-        if found.get(field) != made_from.get(field):
-            raise UsageError(
-                f"{run} holds a run with another {field}; give another --run folder, or remove "
-                "this one to start anew."
-            )
+    changed = first_change(read_json(run / _RUN), made_from)
+    if changed is not None:
+        raise UsageError(
+            f"{run} holds a run with {changed}; give the old value, another --run folder, or "
+            "remove this one to start anew."
+        )
     note(f"going on with the run in {run}")
 
 
 def claim_run(run: Path, made_from: dict[str, Any]) -> None:
     """Note what a run is made from, once all that it needs was found to be good."""
     atomic_write_json(run / _RUN, made_from)
+
+
+def first_change(found: dict[str, Any], made_from: dict[str, Any]) -> str | None:
+    """`FIELD OLD, now NEW` of the first field that is not the same, None where all are.
+
+    A field that one side lacks, because that version did not know it or the head has no use for it,
+    counts as its default, where it has one.
+    """
+    from drafter.train_config import TrainConfig
+
+    models: dict[str, type[BaseModel]] = {"training": TrainConfig, "drafter": DrafterConfig}
+    for name in sorted({*found, *made_from}):
+        old, new = found.get(name), made_from.get(name)
+        if name in models and isinstance(old, dict) and isinstance(new, dict):
+            pairs, defaults = (old, new), _defaults(models[name])
+        else:
+            pairs, defaults = (found, made_from), _defaults(TrainOptions)
+        for field in sorted({*pairs[0], *pairs[1]}) if pairs[0] is old else (name,):
+            a, b = (side.get(field, defaults.get(field)) for side in pairs)
+            if a != b:
+                return f"{field} {_shown(a)}, now {_shown(b)}"
+    return None
+
+
+def _defaults(model: type[BaseModel]) -> dict[str, Any]:
+    fields = model.model_fields.items()
+    return {name: field.default for name, field in fields if not field.is_required()}
+
+
+def _shown(value: Any) -> str:
+    """A value in a sentence; of a hash the beginning."""
+    if isinstance(value, str) and len(value) == 64:
+        return f"{value[:12]}..."
+    return "none" if value is None else str(value)

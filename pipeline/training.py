@@ -217,6 +217,10 @@ def train_config(fields: dict[str, Any]) -> TrainConfig:
     except ValidationError as error:
         first = error.errors()[0]
         name = "-".join(str(part) for part in first["loc"]).replace("_", "-")
+        if first["type"] == "extra_forbidden":
+            raise UsageError(
+                f"training.{first['loc'][0]} is not an option; see --help for those there are."
+            ) from None
         reason = first["msg"].removeprefix("Input ")
         raise UsageError(f"--{name} is {first['input']!r}: it {reason}.") from None
     for field, kind in (("decay", "geometric"), ("pace_floor", "d-pace")):

@@ -317,3 +317,12 @@ def test_a_started_head_scores_with_the_target_rows_of_the_projected_state() -> 
         started.lm_head.up.weight,  # type: ignore[union-attr]
         TARGET.lm_head.weight @ started.lm_head.down.weight.T,  # type: ignore[union-attr, operator]
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("{", "not valid JSON"), ('{"step": 3}', "has no config")]
+)
+def test_a_damaged_state_is_one_sentence(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "state.json").write_text(text)
+    with pytest.raises(UsageError, match=words):
+        load_state(tmp_path, {})

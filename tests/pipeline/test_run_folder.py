@@ -7,10 +7,11 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pipeline.run_folder import held
+from pipeline.run_folder import first_change, held
 from tests.pipeline.command import (
     Result,
     assert_refused,
@@ -93,3 +94,22 @@ def test_dialogues_that_cannot_be_trained_on_claim_no_folder(runs: Runs, tmp_pat
     assert_refused(runs.train(file), 2, "document 8 of", "positions")
     file.write_text(good)
     assert runs.train(file).code == 0
+
+
+def test_what_changed_is_named_with_both_values() -> None:
+    old = {"training": {"learning_rate": 0.001, "seed": 0}, "corpus": "a" * 64}
+    new = {"training": {"learning_rate": 0.002, "seed": 0}, "corpus": "a" * 64}
+    assert first_change(old, old) is None
+    assert first_change(old, new) == "learning_rate 0.001, now 0.002"
+    other = {**old, "corpus": "b" * 64}
+    assert first_change(old, other) == "corpus aaaaaaaaaaaa..., now bbbbbbbbbbbb..."
+    assert first_change(old, {**old, "start": "c" * 64}) == "start none, now cccccccccccc..."
+
+
+def test_a_field_that_an_older_run_did_not_know_had_its_default() -> None:
+    old: dict[str, Any] = {"training": {"epochs": 3}}
+    same = {"training": {"epochs": 3, "pace_floor": 0.5}, "head_init": "activation-pca"}
+    assert first_change(old, same) is None
+    assert first_change(same, old) is None
+    changed = {"training": {"epochs": 3, "pace_floor": 0.2}}
+    assert first_change(old, changed) == "pace_floor 0.5, now 0.2"

@@ -68,7 +68,9 @@ def test_the_same_command_again_is_up_to_date_and_other_data_needs_another_run(
     arguments = (f"--dialogues={dialogues}", f"--out={tmp_path / 'd'}", "--epochs=1")
     assert train(tiny_llama_dir, *arguments).code == 0
     assert train(tiny_llama_dir, *arguments, "--json").json["up_to_date"] is True
-    assert_refused(train(tiny_llama_dir, *arguments, "--rank=16"), 2, "another drafter", "--run")
+    assert_refused(
+        train(tiny_llama_dir, *arguments, "--rank=16"), 2, "lm_head_rank 8, now 16", "--run"
+    )
 
 
 def test_training_goes_on_from_a_drafter(

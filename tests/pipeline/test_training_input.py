@@ -121,3 +121,12 @@ def test_an_option_that_would_do_nothing_is_refused(
     cache: Path, tiny_llama_dir: Path, given: tuple[str, ...], words: tuple[str, ...]
 ) -> None:
     assert_refused(run_command("train", f"--target={tiny_llama_dir}", *given), 2, *words)
+
+
+def test_an_unknown_field_of_the_training_is_named(
+    cache: Path, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "config.json"
+    file.write_text('{"training": {"epoch": 3}}')
+    result = run_command("train", f"--target={tiny_llama_dir}", f"--config={file}")
+    assert_refused(result, 2, "training.epoch is not an option")

@@ -26,8 +26,8 @@ from pipeline.head_bench import head_milliseconds
 from pipeline.prompt_sets import benchmark_prompts
 
 LOSS = "kl"
-PROMPTS = 16
-TOKENS = 64
+PROMPTS = 10
+TOKENS = 48
 TREES = ("chain", "default")
 
 
@@ -43,10 +43,9 @@ def measure_decoding(study: Study) -> None:
     # Of each category of MT-Bench the first questions; HumanEval and GSM8K are replayed only.
     prompts = benchmark_prompts("mt-bench", PROMPTS)
     found: dict[str, Any] = {"heads": names, "head_ms": _head_times(study, names)}
-    for temperature in (0.0, 1.0):
-        decode = DecodeOptions(max_tokens=TOKENS, temperature=temperature)
-        chosen = options(CompareOptions, tree=TREES, depth=CHAIN)
-        found[f"t{temperature:g}"] = _figures(compare(engines, prompts, decode, chosen), names)
+    chosen = options(CompareOptions, tree=TREES, depth=CHAIN)
+    decode = DecodeOptions(max_tokens=TOKENS, temperature=0.0)
+    found["t0"] = _figures(compare(engines, prompts, decode, chosen), names)
     atomic_write_json(decoding_path(study), found)
 
 

@@ -118,7 +118,7 @@ def test_capture_on_line_stores_nothing_and_gives_the_same_drafter(
         f"--run={tmp_path / 'run-online'}",
         f"--out={tmp_path / 'x'}",
     )
-    assert_refused(other, 2, "another capture", "--run")
+    assert_refused(other, 2, "capture online, now stored", "--run")
 
 
 def test_captured_files_are_no_larger_than_asked(

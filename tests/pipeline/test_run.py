@@ -53,7 +53,7 @@ def test_the_report_has_exactly_the_promised_keys(report: dict[str, Any]) -> Non
         "overhead_ms_per_round",
     }
     assert set(report["head"]) == {
-        *("dense_ms", "low_rank_ms", "ratio", "dense_bytes", "head_bytes")
+        *("dense_ms", "low_rank_ms", "ratio", "own_ms", "own_ratio", "dense_bytes", "head_bytes")
     }
 
 

@@ -61,8 +61,7 @@ class Texts:
         ]
         self.lengths = [len(document.ids) for document in self.documents]
 
-    def text(self, index: int) -> Document:
-        """Ids and mask of a document."""
+    def __getitem__(self, index: int) -> Document:
         return self.documents[index]
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -167,6 +168,7 @@ def _budget(drafter: Drafter, documents: Documents, args: argparse.Namespace) ->
         ends: list[float] = []
         scratch = args.out / f"trial-{time.time_ns()}"
         train(drafter, documents, trial, scratch, lambda _: ends.append(time.monotonic()))
+        shutil.rmtree(scratch)
         drafter.load_state_dict(weights)
         half = len(ends) // 2  # the first steps warm up
         seconds = (ends[-1] - ends[half]) / (len(ends) - 1 - half)

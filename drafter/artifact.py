@@ -402,16 +402,17 @@ def _replace(destination: Path, temporary: Path) -> None:
             if aside.exists():
                 aside.rename(destination)
             raise
-        _flush(destination.parent)
+        flush(destination.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 
 def _flush_tree(folder: Path) -> None:
     for path in (*folder.rglob("*"), folder):
-        _flush(path)
+        flush(path)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until a file or folder is on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

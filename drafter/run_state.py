@@ -8,7 +8,6 @@ last one.
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from drafter.artifact import atomic_write_json, sha256_file
+from drafter.artifact import atomic_write_json, flush, sha256_file
 from drafter.config import read_json
 from drafter.errors import UsageError
 from drafter.sharding import full, like
@@ -58,14 +57,14 @@ def save_state(run: Path, tensors: dict[str, Tensor], config: dict[str, Any], st
     name = TENSORS.format(step=step)
     partial = run / f"{name}.partial"
     save_file(tensors, partial)
-    _flush(partial)  # or a power cut could leave the new name with old blocks
+    flush(partial)  # or a power cut could leave the new name with old blocks
     partial.rename(run / name)
-    _flush(run)
+    flush(run)
     atomic_write_json(
         run / STATE,
         {"step": step, "config": config, "tensors": name, "sha256": sha256_file(run / name)},
     )
-    _flush(run)  # the old tensors go only when the new state is there to stay
+    flush(run)  # the old tensors go only when the new state is there to stay
     for old in (*run.glob("state-*.safetensors*"), *run.glob(f".{STATE}.*")):
         if old.name != name:  # what was before, and what killed processes had begun
             old.unlink()
@@ -142,12 +141,3 @@ def held_interrupt() -> Iterator[threading.Event]:
         yield asked
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file or folder is on disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

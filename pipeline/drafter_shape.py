@@ -20,7 +20,7 @@ from drafter.sources.folder import weights_fingerprint
 from drafter.tokenizer import vocabulary_sha256
 from pipeline.config import DrafterOptions, TrainOptions
 from pipeline.draft_vocabulary import AUTO, check_vocabulary_options
-from pipeline.given import refuse_given
+from pipeline.given import option_name, refuse_given
 from pipeline.stages import find_drafter
 
 
@@ -80,12 +80,9 @@ def _started_config(
 
     assert options.start is not None
     if lost := sorted(options.model_fields_set & {*DrafterOptions.model_fields} - {"start"}):
-        name = lost[0].replace("_", "-")
-        if lost[0] == "from_target" and not options.from_target:
-            name = "from-random"
         raise UsageError(
-            f"--{name} and --start were both given; with --start shape and weights are those of "
-            f"the drafter in {options.start}: drop one of them."
+            f"--{option_name(options, lost[0])} and --start were both given; with --start shape and "
+            f"weights are those of the drafter in {options.start}: drop one of them."
         )
     folder = find_drafter(target, options.start)
     found = read_drafter_config(folder)

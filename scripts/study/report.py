@@ -1,5 +1,6 @@
-"""The study's tables and plots from its JSON files: docs/study.md between its two marks, and
-docs/figures/study-*.svg. What stands outside the marks is written by hand and kept.
+"""The study's tables and plots from its JSON files: docs/study.md between its two marks, and in
+docs/figures the plots, and the figures of all runs, study-runs.jsonl and study-decoding.json. What
+stands outside the marks is written by hand and kept.
 
 Intervals: 95 %, bootstrap over prompts (`pipeline.intervals`); the seeds of a variant are summed
 within each prompt, comparisons are paired by prompt.
@@ -8,6 +9,7 @@ within each prompt, comparisons are paired by prompt.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,7 @@ def write_report(study: Study, chosen: Sequence[Variant], docs: Path) -> None:
     ]
     folder = docs / "figures"
     folder.mkdir(exist_ok=True)
+    _keep_figures(folder / "study-runs.jsonl", results)
     plot_tau(folder / "study-tau.svg", _taus(results, names))
     plot_learning(folder / "study-learning.svg", _curves(results, names))
     if decoding_path(study).exists():
@@ -53,9 +56,25 @@ def write_report(study: Study, chosen: Sequence[Variant], docs: Path) -> None:
             "![tau against milliseconds](figures/study-trade.svg)",
             "![predicted and measured gain](figures/study-gain.svg)",
         ]
+        shutil.copyfile(decoding_path(study), folder / "study-decoding.json")
         plot_trade(folder / "study-trade.svg", _trade(results, live))
         plot_gain(folder / "study-gain.svg", [_gain(live, name) for name in live["heads"]])
     _between_marks(docs / "study.md", "\n\n".join(parts))
+
+
+def _keep_figures(path: Path, results: Results) -> None:
+    """All that the runs found, a line each, to five digits."""
+    rows = [row for group in results.values() for row in group]
+    lines = [json.dumps(_rounded(row), separators=(",", ":")) + "\n" for row in rows]
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _rounded(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_rounded(part) for part in value]
+    return round(value, 5) if isinstance(value, float) else value
 
 
 def read_results(study: Study, chosen: Sequence[Variant]) -> Results:
@@ -93,7 +112,7 @@ def tau_of(
 
 
 def shown(estimate: Estimate, digits: int = 2) -> str:
-    """`2.41 (2.35-2.47)`."""
+    """`2.41 (2.35 to 2.47)`."""
     if estimate.value is None or estimate.low is None or estimate.high is None:
         return "-"
     low, value, high = (f"{x:.{digits}f}" for x in (estimate.low, estimate.value, estimate.high))

@@ -278,7 +278,7 @@ def test_a_full_disk_is_one_clear_sentence(
     def full(*arguments: Any) -> None:
         raise error
 
-    monkeypatch.setattr(artifact, "_flush", full)
+    monkeypatch.setattr(artifact, "flush", full)
     with pytest.raises(MissingError, match=r"the disk is full: cannot write .*out.* MB are free"):
         write(tmp_path / "out")
     assert os.listdir(tmp_path) == []

@@ -81,8 +81,8 @@ def _started_config(
     assert options.start is not None
     if lost := sorted(options.model_fields_set & {*DrafterOptions.model_fields} - {"start"}):
         raise UsageError(
-            f"--{option_name(options, lost[0])} and --start were both given; with --start shape and "
-            f"weights are those of the drafter in {options.start}: drop one of them."
+            f"--{option_name(options, lost[0])} and --start were both given; with --start shape "
+            f"and weights are those of the drafter in {options.start}: drop one of them."
         )
     folder = find_drafter(target, options.start)
     found = read_drafter_config(folder)

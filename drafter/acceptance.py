@@ -24,6 +24,7 @@ import torch
 from drafter.batches import collate, supervised_positions
 from drafter.documents import Captured, take
 from drafter.eagle3 import Drafter
+from drafter.errors import UsageError
 from drafter.heads.top_k import HeadOutput
 from drafter.losses import alpha
 from drafter.unroll import unroll
@@ -69,7 +70,11 @@ def expected_tau(alphas: Sequence[float]) -> float:
 def measure_acceptance(
     drafter: Drafter, documents: Sequence[Captured], steps: int, batch: int = 8
 ) -> Acceptance:
-    """Teacher-forced acceptance of `steps` draft steps over documents."""
+    """Teacher-forced acceptance of `steps` draft steps over documents.
+
+    Raises UsageError where none has a response token that `steps` draft steps can reach: a mean
+    over nothing is no acceptance of 0.
+    """
     sums = torch.zeros(4, steps, dtype=torch.float64)
     count = 0
     for start in range(0, len(documents), batch):
@@ -81,7 +86,12 @@ def measure_acceptance(
             log_p = torch.log_softmax(_target_scores(drafter, b.states[r, j]), dim=-1)  # [n, V]
             for k in range(steps):
                 sums[:, k] += _step_sums(drafter, states[k][r, j - 1 - k], log_p)
-    means = (sums / max(count, 1)).tolist()
+    if not count:
+        raise UsageError(
+            f"None of the {len(documents)} documents has a response token after its first {steps}, "
+            f"which {steps} draft steps cannot reach, so there is no acceptance; give others."
+        )
+    means = (sums / count).tolist()
     alphas, drawn, top1, top4 = (tuple(mean) for mean in means)
     return Acceptance(alphas, drawn, top1, top4, count)
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
+from drafter.batches import supervised_count
 from drafter.config import DrafterConfig
 from drafter.errors import UsageError
 
@@ -84,3 +86,21 @@ def check_steps(plan: Sequence[Sequence[Sequence[int]]], counts: Sequence[int], 
                 "take these documents out of the corpus or give larger --batch-tokens or fewer "
                 "--draft-steps."
             )
+
+
+def measurable(documents: Iterable[Text], steps: int) -> int:
+    """How many positions of the documents an acceptance of `steps` draft steps is a mean over."""
+    return sum(supervised_count(document.mask, steps) for document in documents)
+
+
+def check_measurable(held_out: Sequence[Text], steps: int, corpus: Path) -> None:
+    """Raises UsageError where no held-out document has an answer token that `steps` draft steps can
+    reach: there is nothing to measure an acceptance on.
+    """
+    if not measurable(held_out, steps):
+        raise UsageError(
+            f"None of the {len(held_out)} held-out documents, the last ones of {corpus}, has an "
+            f"answer token after its first {steps}, which {steps} draft steps cannot reach, so no "
+            "acceptance can be measured; give a larger --holdout or fewer --draft-steps, or put "
+            "documents with longer answers at the end."
+        )

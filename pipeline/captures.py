@@ -141,17 +141,6 @@ def captured_documents(
     return Online(model, StoredCorpus(corpus), options.capture_batch)
 
 
-def split(documents: Documents, holdout: float, corpus: Path) -> tuple[Documents, Documents]:
-    """Documents to train on, and those held out: the last ones. Raises UsageError."""
-    count = max(1, round(holdout * len(documents)))
-    if count >= len(documents):
-        raise UsageError(
-            f"the corpus {corpus} has {len(documents)} documents, at least 2 are needed: one to "
-            "train on and one held out."
-        )
-    return documents[:-count], documents[-count:]
-
-
 def _take_captured(shard: Path, out: Path, taps: tuple[int, ...], target: str) -> None:
     """Use what the corpus kept of the target, where it kept these taps of this target."""
     from drafter.capture import CAPTURED, parts_of

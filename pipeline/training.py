@@ -27,7 +27,7 @@ from drafter.errors import UsageError
 from drafter.sources import TargetFolder
 from drafter.tokenizer import vocabulary_sha256
 from pipeline.benchmark_marks import refuse_benchmark_corpus
-from pipeline.captures import Teacher, capture_corpus, captured_documents, split, teacher_of
+from pipeline.captures import Teacher, capture_corpus, captured_documents, teacher_of
 from pipeline.config import TrainOptions
 from pipeline.corpora import corpus_fingerprint, dialogues_corpus, dialogues_fingerprint
 from pipeline.corpus_check import check_corpus
@@ -40,6 +40,7 @@ from pipeline.draft_vocabulary import (
 )
 from pipeline.drafter_shape import drafter_config, start_fingerprint
 from pipeline.given import refuse_given
+from pipeline.held_out import check_held_out, measured_acceptance, split
 from pipeline.metrics import line, require_tensorboard, tensorboard
 from pipeline.progress import note, progress, quiet
 from pipeline.reports import ArtifactReport
@@ -50,7 +51,6 @@ from pipeline.workspace import target_workspace
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from drafter.acceptance import Acceptance
     from drafter.capture import Captured
     from drafter.eagle3 import Drafter
     from drafter.parallel import Share
@@ -58,7 +58,6 @@ if TYPE_CHECKING:
     from drafter.train_log import StepReport
 
 _STATE_DOCUMENTS = 200  # whose states start the head's factors
-_HELD_OUT_DOCUMENTS = 64  # at most so many measure the acceptance
 _LOG = "log.jsonl"
 
 
@@ -122,6 +121,7 @@ def _claimed(
     check_run(run, made_from)
     corpus = _corpus(options, target, run, config)
     check_corpus(corpus, config, training.supervise)
+    check_held_out(corpus, options.holdout, training)
     refuse_benchmark_corpus(corpus, target.path)
     claim_run(run, made_from)
     return corpus
@@ -193,7 +193,7 @@ def _trained(
     with share.in_turn():
         capture_corpus(teacher, corpus, stored, config, training.precision, options)
     seen = captured_documents(teacher, corpus, stored, config, training.precision, options)
-    documents, held_out = split(seen, options.holdout, corpus)
+    documents, held_out = split(seen, options.holdout, corpus, training)
     draft_ids: Tensor | None = None
     data: dict[str, Any] = {"documents": len(documents), "held_out": len(held_out)}
     if config.head == "truncated" and options.start is None:
@@ -203,7 +203,7 @@ def _trained(
         config = config.model_copy(update={"draft_vocab_size": len(draft_ids)})
     drafter = _train(teacher, config, options, training, documents, draft_ids, run, share)
     if share.first:
-        data["acceptance"] = _measure(drafter, held_out, training.draft_steps)
+        data["acceptance"] = measured_acceptance(drafter, held_out, training.draft_steps)
         data["training"] = {**_speed(run), "device": options.device}
     return drafter, data
 
@@ -320,22 +320,6 @@ def _speed(run: Path) -> dict[str, Any]:
         f"{shares.get('forward_backward', 0):.0%} of the time in forward and backward passes"
     )
     return {"tokens_per_second": round(last.tokens_per_second, 1), "time_shares": shares}
-
-
-def _measure(drafter: Drafter, held_out: Sequence[Captured], steps: int) -> dict[str, Any]:
-    from drafter.acceptance import measure_acceptance
-
-    with progress("evaluate") as tell:
-        tell("acceptance on held-out documents", None)
-        found: Acceptance = measure_acceptance(
-            drafter.eval(), held_out[-_HELD_OUT_DOCUMENTS:], steps
-        )
-    known = found.to_json()
-    note(
-        f"held out, a chain of {steps}: tau {known['greedy_tau']:.2f} at temperature 0, "
-        f"{known['drawn_tau']:.2f} at 1"
-    )
-    return known
 
 
 def _write(

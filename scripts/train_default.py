@@ -32,13 +32,14 @@ from drafter.checkpoint import load_drafter, load_target, save_drafter  # noqa: 
 from drafter.config import drafter_config_for, read_json  # noqa: E402
 from drafter.corpus import Document, read_shard, shards  # noqa: E402
 from drafter.decoder import TargetDecoder  # noqa: E402
-from drafter.documents import Documents  # noqa: E402
+from drafter.documents import Documents, texts_of  # noqa: E402
 from drafter.eagle3 import Drafter  # noqa: E402
 from drafter.families import read_target_config  # noqa: E402
 from drafter.generate import GenerateConfig, generate_corpus, self_prompts  # noqa: E402
 from drafter.rounding import narrowest  # noqa: E402
 from drafter.sources.gguf import GgufFile, convert_gguf  # noqa: E402
 from drafter.start import start_drafter  # noqa: E402
+from drafter.supervision import check_measurable  # noqa: E402
 from drafter.tokenizer import ChatTokenizer, vocabulary_sha256  # noqa: E402
 from drafter.train_config import TrainConfig  # noqa: E402
 from drafter.train_log import StepReport  # noqa: E402
@@ -81,6 +82,8 @@ def main() -> None:
     print(f"{len(documents)} documents, {sum(documents.lengths):,} tokens", flush=True)
     drafter = _drafter(folder, documents, args).place(args.device)
     config = _budget(drafter, documents[:-_HELD_OUT], args)
+    held_out = texts_of(documents[-_HELD_OUT:])
+    check_measurable([*held_out], config.draft_steps, corpora[-1])
     trained = train(drafter, documents[:-_HELD_OUT], config, args.out / "run", _told)
     _write(trained, documents[-_HELD_OUT:], config, corpora, args)
 

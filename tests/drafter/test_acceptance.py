@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from drafter.acceptance import Acceptance, measure_acceptance
 from drafter.batches import collate
+from drafter.errors import UsageError
 from drafter.heads.low_rank import initialise
 from drafter.unroll import unroll
 from runtime.sampling import SamplingConfig, target_law
@@ -54,3 +57,11 @@ def test_what_is_drawn_knows_the_preview_and_how_many_it_rescores() -> None:
     assert poor.top1 != good.top1
     everything = measured(32, 61, top_k=61)  # all are rescored and all are candidates
     assert everything.drawn == pytest.approx(everything.alpha, rel=1e-4)
+
+
+def test_documents_without_an_answer_in_reach_have_no_acceptance() -> None:
+    """Not one of 0, and no tau of 1: there is nothing to take a mean over."""
+    prompts = [replace(d, mask=torch.zeros_like(d.mask)) for d in DOCUMENTS[:2]]
+    with pytest.raises(UsageError, match="None of the 2 documents has a response token"):
+        measure_acceptance(tiny_drafter(TARGET), prompts, 2)
+    assert measure_acceptance(tiny_drafter(TARGET), [*prompts, DOCUMENTS[0]], 2).tokens > 0

@@ -11,7 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from drafter.corpus import Document, document, write_shards
+from drafter.artifact import read_artifact
+from drafter.capture import CAPTURED, capture, write_captured
+from drafter.checkpoint import load_target
+from drafter.corpus import Document, document, read_corpus, write_shards
+from pipeline.stages import fetch_target
 from tests.pipeline.command import Result, assert_refused, run_command
 
 OPTIONS = ("--batch-tokens=64", "--sampled-rows=0", "--precision=fp32", "--head-init=random")
@@ -27,6 +31,21 @@ def shards_of(folder: Path, *documents: Document) -> Path:
     folder.mkdir()
     write_shards(folder, documents)
     return folder
+
+
+def keep_states(target: Path, corpus: Path) -> None:
+    """What `pipeline corpus --keep-states` would keep: the last token of each answer is not taught,
+    for nothing was seen of it.
+    """
+    model = load_target(target)
+    seen = []
+    for found in capture(model, read_corpus(corpus)):
+        found.mask[-1] = False
+        seen.append(found)
+    folder = corpus / CAPTURED
+    folder.mkdir()
+    print_of = fetch_target(str(target)).fingerprint
+    write_captured(folder / "shard-00000.safetensors", seen, model.taps, print_of)
 
 
 @pytest.mark.parametrize(
@@ -55,16 +74,38 @@ def test_prompts_alone_are_enough_where_prompts_are_taught(
     corpus = shards_of(tmp_path / "corpus", *[text] * 4)
     result = train(tiny_llama_dir, corpus, tmp_path, "--supervise=all", "--epochs=1")
     assert result.code == 0, result.err
+    assert "no answer token: the acceptance is not measured" in result.err
+    assert read_artifact(tmp_path / "drafter", "drafter").data["acceptance"] is None
 
 
 def test_a_batch_without_anything_to_learn_names_its_documents(
     cache: Path, tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
     """The answers are there, but four draft steps reach no token before the fifth."""
-    corpus = shards_of(tmp_path / "corpus", *[document([1], [5, 6])] * 4)
+    corpus = shards_of(tmp_path / "corpus", *[document([1], [5, 6])] * 3, GOOD)
     result = train(tiny_llama_dir, corpus, tmp_path)
     assert_refused(result, 2, "batch of step 0", "documents 0, 1, 2", "--draft-steps")
     assert not list((tmp_path / "run").glob("state*"))
+
+
+@pytest.mark.parametrize("states", ["captured later", "kept while answering"])
+def test_held_out_documents_without_an_answer_to_measure_are_refused_not_reported_as_tau_1(
+    cache: Path, tiny_llama_dir: Path, tmp_path: Path, states: str
+) -> None:
+    """Of the last 3 of 6 documents, which are held out, no answer reaches beyond draft step 4. That
+    of the kept states does, by a token that was never fed and so is not taught.
+    """
+    short = document([1, 5, 6], [7, 8] if states == "kept while answering" else [7])
+    corpus = shards_of(tmp_path / "corpus", GOOD, GOOD, GOOD, short, short, short)
+    if states == "kept while answering":
+        keep_states(tiny_llama_dir, corpus)
+    result = train(tiny_llama_dir, corpus, tmp_path, "--holdout=0.5")
+    words = ("None of the 3 held-out documents", str(corpus), "--holdout", "--draft-steps")
+    assert_refused(result, 2, *words)
+    assert not list((tmp_path / "run").glob("state*"))
+    assert not (tmp_path / "drafter").exists()
+    if states == "captured later":
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 
 def test_sharding_one_process_is_refused(cache: Path, tiny_llama_dir: Path) -> None:

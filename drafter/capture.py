@@ -1,9 +1,10 @@
 """Run the target over a corpus and keep what training needs of it.
 
 Per token: the taps [n_taps * H], the final-normed state [H] (the teacher's logits are recomputed
-from it by the frozen head) and the ids of the teacher's few likeliest tokens. bfloat16, about 4.6
-KB a token at H = 576. Off line, into shards of bounded size: those that exist are not made again,
-so a killed capture goes on where it was. Or on line (`Online`): captured when it is trained on.
+from it by the frozen head) and the ids of the teacher's few likeliest tokens. Written as bfloat16,
+whatever the target computes in: about 4.6 KB a token at H = 576. Off line, into shards of bounded
+size: those that exist are not made again, so a killed capture goes on where it was. Or on line
+(`Online`): captured when it is trained on.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from drafter.corpus import (
     shards,
 )
 from drafter.decoder import TargetDecoder, causal_mask
-from drafter.documents import TENSORS, Documents, Stored, documents_in, what_was_seen
+from drafter.documents import PRECISION, TENSORS, Documents, Stored, documents_in, what_was_seen
 from drafter.documents import Captured as Captured  # noqa: PLC0414 - part of this module
 from drafter.errors import UsageError
 
@@ -47,9 +48,12 @@ class View(NamedTuple):
 
 
 class Watched(Protocol):
-    """A target that can be captured. `logits` maps states to the teacher's logits [..., V]."""
+    """A target that can be captured, computing in `dtype`. `logits` maps states to the teacher's
+    logits [..., V].
+    """
 
     taps: tuple[int, ...]
+    dtype: torch.dtype
 
     def view(self, ids: Tensor, lengths: Sequence[int]) -> View:
         """The view of right-padded ids [B, T] of which `lengths` are real."""
@@ -90,7 +94,8 @@ def capture_shards(
         if first < len(tokens):
             seen = capture(target, read_shard(path), batch, first)
             counted = _counted(seen, progress, done, total)
-            write_parts(out, path, counted, target.taps, fingerprint, limits, first)
+            source = (target.taps, fingerprint, computed_in(target))
+            write_parts(out, path, counted, *source, limits, first)
             done += sum(tokens[first:])
     if progress is not None:
         progress(total, total)
@@ -139,14 +144,15 @@ def write_parts(
     documents: Iterable[Captured],
     taps: Sequence[int],
     target: str,
+    precision: str,
     limits: ShardLimits = LIMITS,
     first: int = 0,
 ) -> None:
     """Write what was captured of a corpus shard, from document `first` on; one file's documents are
-    in memory at a time.
+    in memory at a time. The rest as for `write_captured`.
     """
     for group in in_shards(documents, _bytes, limits):
-        write_captured(_part(folder, shard, first), group, taps, target)
+        write_captured(_part(folder, shard, first), group, taps, target, precision)
         first += len(group)
 
 
@@ -168,15 +174,22 @@ def _as_stored(document: Captured) -> dict[str, Tensor]:
 
 
 def write_captured(
-    path: Path, documents: Sequence[Captured], taps: Sequence[int], target: str
+    path: Path, documents: Sequence[Captured], taps: Sequence[int], target: str, precision: str
 ) -> None:
-    """Write one file, whole or not at all; its metadata names what was seen: the taps and the
-    fingerprint of the target.
+    """Write one file, whole or not at all; its metadata names what was seen: the taps, the
+    fingerprint of the target and the precision it computed in (see `computed_in`).
     """
     offsets = torch.tensor([0] + [len(d.ids) for d in documents]).cumsum(0)
     stored = [_as_stored(document) for document in documents]
     tensors = {name: torch.cat([d[name] for d in stored]) for name in TENSORS}
-    save_whole(path, tensors | {"offsets": offsets}, what_was_seen(taps, target))
+    metadata = {**what_was_seen(taps, target), PRECISION: precision}
+    save_whole(path, tensors | {"offsets": offsets}, metadata)
+
+
+def computed_in(target: TargetDecoder | Watched) -> str:
+    """The precision a target computes in, as the options name it: "fp32", "bf16"."""
+    dtype = target.norm.weight.dtype if isinstance(target, TargetDecoder) else target.dtype
+    return {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(dtype, str(dtype))
 
 
 @torch.no_grad()

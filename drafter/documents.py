@@ -24,6 +24,8 @@ from drafter.corpus import Document, checked_offsets, shards
 from drafter.errors import UsageError
 
 TENSORS = ("ids", "mask", "taps", "states", "likeliest")  # of a captured shard, [N, ...] each
+PRECISION = "precision"  # in its metadata: in which one the target computed
+_WRITTEN = {"F32": "fp32", "BF16": "bf16"}
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ class Stored(Documents):
 
 
 def what_was_seen(taps: Sequence[int], target: str) -> dict[str, str]:
-    """The metadata of a captured shard: tap ids, and the fingerprint of the target."""
+    """What a captured shard must say in its metadata: tap ids, the fingerprint of the target."""
     return {"taps": json.dumps(list(taps)), "target": target}
 
 
@@ -160,9 +162,22 @@ def is_captured_from(path: Path, taps: Sequence[int], target: str) -> bool:
     """Whether a captured shard holds these taps of this target; False where it does not say."""
     try:
         with safe_open(path, framework="pt") as reader:
-            return (reader.metadata() or {}) == what_was_seen(taps, target)
+            return what_was_seen(taps, target).items() <= (reader.metadata() or {}).items()
     except (SafetensorError, OSError):
         return False
+
+
+def precision_of(path: Path) -> str:
+    """In which precision the target computed a captured shard: "fp32", "bf16". One that does not
+    say (the field is younger than the format) is of the precision it is written in. Raises
+    UsageError for a damaged one.
+    """
+    try:
+        with safe_open(path, framework="pt") as reader:
+            written: str = reader.get_slice("states").get_dtype()
+            return (reader.metadata() or {}).get(PRECISION) or _WRITTEN.get(written, written)
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from None
 
 
 def documents_in(path: Path) -> int:
@@ -182,7 +197,7 @@ def _places(path: Path, seen: dict[str, str] | None) -> list[_Place]:
             found = reader.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
         raise _damaged(path, error) from None
-    if seen is not None and found != seen:
+    if seen is not None and not seen.items() <= found.items():
         raise UsageError(
             f"{path} holds taps {found.get('taps')} of target {found.get('target', '')[:12]}..., "
             f"taps {seen['taps']} of {seen['target'][:12]}... are needed; give another --run "

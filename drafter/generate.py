@@ -24,6 +24,7 @@ from drafter.capture import (
     CAPTURED,
     Captured,
     captured_bytes,
+    computed_in,
     parts_of,
     read_captured,
     write_captured,
@@ -178,7 +179,7 @@ def generate_corpus(
         report = None if progress is None else partial(_tell, progress, start, len(prompts))
         texts = answer_prompts(target, prompts[start : start + size], config, shard)
         if config.keep_states:
-            spool = _Spool(out / CAPTURED, path, target.taps, fingerprint)
+            spool = _Spool(out / CAPTURED, path, target, fingerprint)
             documents = _documents(spool.keeping(texts), report)
             spool.close(config.limits)
         else:
@@ -217,8 +218,9 @@ class _Spool:
     order, and together they may be larger than the memory.
     """
 
-    def __init__(self, folder: Path, shard: Path, taps: Sequence[int], target: str) -> None:
-        self._folder, self._shard, self._taps, self._target = folder, shard, taps, target
+    def __init__(self, folder: Path, shard: Path, target: TargetDecoder, fingerprint: str) -> None:
+        self._folder, self._shard = folder, shard
+        self._source = (target.taps, fingerprint, computed_in(target))
         self._files = folder / f".{shard.stem}.spool"
         for part in parts_of(folder, shard):  # of a run that was killed before the shard was done
             part.unlink()
@@ -229,13 +231,13 @@ class _Spool:
         self._files.mkdir(parents=True, exist_ok=True)
         for text in texts:
             path = shard_path(self._files, text.index)
-            write_captured(path, [seen_document(text)], self._taps, self._target)
+            write_captured(path, [seen_document(text)], *self._source)
             yield text
 
     def close(self, limits: ShardLimits) -> None:
         """Join all files in order, into as many as the limits ask for."""
         documents = iter(read_captured(self._files))
-        write_parts(self._folder, self._shard, documents, self._taps, self._target, limits)
+        write_parts(self._folder, self._shard, documents, *self._source, limits)
         shutil.rmtree(self._files)
 
 

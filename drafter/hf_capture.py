@@ -32,6 +32,7 @@ class HfTarget:
 
     def __init__(self, model: Any, taps: Sequence[int], name: str) -> None:
         self.taps = tuple(taps)
+        self.dtype: torch.dtype = model.dtype
         self._name = name
         self._decoder = model.get_decoder()
         self._head: Any = model.get_output_embeddings()

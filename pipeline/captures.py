@@ -136,6 +136,7 @@ def captured_documents(
     from drafter.documents import what_was_seen
 
     if options.capture == "stored":
+        _say_precision(stored, precision)
         return read_captured(stored, what_was_seen(config.taps, teacher.folder.fingerprint))
     model = teacher.watched(config.taps, precision, options.device)
     return Online(model, StoredCorpus(corpus), options.capture_batch)
@@ -153,6 +154,21 @@ def _take_captured(shard: Path, out: Path, taps: tuple[int, ...], target: str) -
             note(f"{kept} does not hold taps {taps} of this target: capturing again")
             return
         link_or_copy(kept, out / kept.name)
+
+
+def _say_precision(stored: Path, wanted: str) -> None:
+    """Say it where states are less exact than the training was asked to be. They are not captured
+    again for it: who kept them did so to save that pass over the corpus, which may cost hours.
+    """
+    from drafter.corpus import shards
+    from drafter.documents import precision_of
+
+    if wanted == "fp32" and (found := {precision_of(path) for path in shards(stored)} - {"fp32"}):
+        note(
+            f"--precision is fp32, but the target's states in {stored} are of precision "
+            f"{' and '.join(sorted(found))} and are used as they are; with --capture online the "
+            "target computes them again, in fp32"
+        )
 
 
 def _device(name: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from drafter.artifact import atomic_write_json
-from drafter.capture import Captured, read_captured, write_captured
+from drafter.capture import Captured, computed_in, read_captured, write_captured
 from drafter.checkpoint import load_target
 from drafter.config import read_json
 from drafter.errors import UsageError
@@ -65,7 +65,7 @@ def write_texts(target: Path, taps: tuple[int, ...], out: Path, tokens: int) -> 
         folder = texts_path(out, name, temperature)
         folder.mkdir(parents=True, exist_ok=True)
         seen = [seen_document(text) for text in answered]
-        write_captured(folder / "shard-00000.safetensors", seen, taps, "")
+        write_captured(folder / "shard-00000.safetensors", seen, taps, "", computed_in(model))
         print(f"texts: {name} at temperature {temperature:g}, {len(seen)} answers", flush=True)
 
 

@@ -131,7 +131,7 @@ def test_states_that_may_fit_into_no_file_are_refused_before_the_first_answer(
 def test_the_bytes_of_a_captured_document_are_those_of_its_tensors(tmp_path: Path) -> None:
     (seen,) = tiny_captured(TARGET, 1)
     path = tmp_path / "shard-00000.safetensors"
-    write_captured(path, [seen], TARGET.taps, "f")
+    write_captured(path, [seen], TARGET.taps, "f", "bf16")
     stored = load_file(path)
     found = sum(stored[name].nbytes for name in TENSORS)
     assert captured_bytes(len(seen.ids), TARGET.config, TARGET.taps) == found
@@ -158,7 +158,9 @@ def test_lazy_documents_are_the_eager_ones(tmp_path: Path) -> None:
 
 
 def test_other_masks_are_seen_wherever_a_document_is_read(tmp_path: Path) -> None:
-    write_captured(tmp_path / "shard-00000.safetensors", tiny_captured(TARGET, 4), (0,), "f")
+    write_captured(
+        tmp_path / "shard-00000.safetensors", tiny_captured(TARGET, 4), (0,), "f", "bf16"
+    )
     lazy = with_mask(read_captured(tmp_path), lambda mask: ~mask)[1:]
     for found, text, plain in zip(lazy, texts_of(lazy), read_captured(tmp_path)[1:], strict=True):
         assert torch.equal(found.mask, ~plain.mask)
@@ -253,7 +255,9 @@ def test_a_killed_capture_goes_on_in_the_middle_of_a_shard_to_the_same_bits(
 
 
 def test_a_capture_of_a_larger_corpus_is_refused(tmp_path: Path) -> None:
-    write_captured(tmp_path / "shard-00000.safetensors", tiny_captured(TARGET, 9), (0,), "f")
+    write_captured(
+        tmp_path / "shard-00000.safetensors", tiny_captured(TARGET, 9), (0,), "f", "bf16"
+    )
     with pytest.raises(UsageError, match="is not captured from"):
         capture_shards(TARGET, corpus(tmp_path / "c", 4), tmp_path)
 
@@ -299,7 +303,7 @@ def test_training_on_line_gives_the_drafter_of_stored_states_to_the_bit(tmp_path
 )
 def test_a_damaged_captured_shard_is_one_sentence(damage: str, words: str, tmp_path: Path) -> None:
     path = tmp_path / "shard-00000.safetensors"
-    write_captured(path, tiny_captured(TARGET, 3), (0,), "f")
+    write_captured(path, tiny_captured(TARGET, 3), (0,), "f", "bf16")
     tensors = load_file(path)
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:-9])
@@ -314,7 +318,9 @@ def test_a_damaged_captured_shard_is_one_sentence(damage: str, words: str, tmp_p
 
 
 def test_states_of_other_taps_or_another_target_are_refused(tmp_path: Path) -> None:
-    write_captured(tmp_path / "shard-00000.safetensors", tiny_captured(TARGET, 3), (0, 1), "f")
+    write_captured(
+        tmp_path / "shard-00000.safetensors", tiny_captured(TARGET, 3), (0, 1), "f", "bf16"
+    )
     assert len(read_captured(tmp_path, what_was_seen((0, 1), "f"))) == 3
     for seen in (what_was_seen((0, 2), "f"), what_was_seen((0, 1), "g")):
         with pytest.raises(UsageError, match=r"holds taps \[0, 1\] of target f"):

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from drafter.checkpoint import load_drafter
 from drafter.corpus import read_corpus
-from drafter.documents import Stored
+from drafter.documents import PRECISION, Stored, precision_of
 from drafter.hf_capture import load_hf_ends
 from tests.pipeline.command import Result, assert_refused, environment, run_command
 from tests.tiny_llama import CHAT_TEMPLATE, tiny_tokenizer
@@ -190,6 +191,67 @@ def test_a_damaged_captured_shard_is_named_and_captured_again(
     assert_refused(train(tiny_llama_dir, *arguments), 2, str(shard), "remove it and run the same")
     shard.unlink()
     assert train(tiny_llama_dir, *arguments).code == 0
+
+
+def forget_precision(folder: Path) -> None:
+    """Captured shards as they were written before they said in which precision."""
+    for path in folder.glob("shard-*"):
+        with safe_open(path, "pt") as reader:
+            metadata = {k: v for k, v in reader.metadata().items() if k != PRECISION}
+        save_file(load_file(path), path, metadata)
+
+
+@pytest.mark.parametrize(
+    ("kept", "old", "options", "said"),
+    [
+        ("bf16", False, ["--precision=fp32"], True),
+        ("bf16", True, ["--precision=fp32"], True),
+        ("bf16", False, ["--precision=bf16"], False),
+        ("fp32", False, ["--precision=fp32"], False),
+        ("bf16", False, ["--precision=fp32", "--capture=online"], False),
+    ],
+)
+def test_training_in_fp32_says_that_the_states_it_was_left_are_less_exact(
+    cache: Path,
+    tiny_llama_dir: Path,
+    many: Path,
+    tmp_path: Path,
+    kept: str,
+    old: bool,
+    options: list[str],
+    said: bool,
+) -> None:
+    """Once, and uses them: they were kept so that no pass over the corpus is needed."""
+    made, run = tmp_path / "corpus", tmp_path / "run"
+    command = [*corpus_command(tiny_llama_dir, many, made), f"--precision={kept}"]
+    assert run_command(*command).code == 0
+    if old:
+        forget_precision(made / "captured")
+    else:
+        assert {precision_of(path) for path in (made / "captured").iterdir()} == {kept}
+    corpus = tmp_path / "plain"  # a folder of shards, without the manifest that knows their hashes
+    shutil.copytree(made, corpus, ignore=lambda *_: ["manifest.json"])
+    where = (f"--corpus={corpus}", f"--run={run}", f"--out={tmp_path / 'out'}", "--steps=1")
+    result = run_command("train", f"--target={tiny_llama_dir}", *where, *options)
+    assert result.code == 0, result.err
+    lines = [line for line in result.err.splitlines() if "are of precision bf16" in line]
+    assert len(lines) == said
+    if said:
+        assert f"--precision is fp32, but the target's states in {run / 'captured'}" in lines[0]
+        assert "--capture online" in lines[0]
+
+
+def test_captured_states_say_in_which_precision_the_target_computed(
+    cache: Path, tiny_llama_dir: Path, moe_dir: Path, dialogues: Path, tmp_path: Path
+) -> None:
+    for target in (tiny_llama_dir, moe_dir):
+        for precision in ("fp32", "bf16"):
+            run = tmp_path / f"{target.name}-{precision}"
+            options = (f"--run={run}", f"--out={run}-out", f"--precision={precision}", "--steps=1")
+            data = (f"--target={target}", f"--dialogues={dialogues}")
+            result = run_command("train", *data, *options)
+            assert result.code == 0, result.err
+            assert {precision_of(path) for path in (run / "captured").iterdir()} == {precision}
 
 
 def corpus_command(target: Path, prompts: Path, out: Path) -> list[str]:

@@ -45,7 +45,7 @@ def keep_states(target: Path, corpus: Path) -> None:
     folder = corpus / CAPTURED
     folder.mkdir()
     print_of = fetch_target(str(target)).fingerprint
-    write_captured(folder / "shard-00000.safetensors", seen, model.taps, print_of)
+    write_captured(folder / "shard-00000.safetensors", seen, model.taps, print_of, "fp32")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import metadata
@@ -170,13 +170,20 @@ def is_up_to_date(
     arguments: Mapping[str, Any],
     *,
     verify: Verify = True,
+    free: Set[str] = frozenset(),
 ) -> bool:
-    """Whether `folder` holds an intact artifact of this kind, inputs and arguments."""
+    """Whether `folder` holds an intact artifact of this kind, inputs and arguments; those named in
+    `free` may differ, or be on record on one side only.
+    """
     try:
         manifest = read_artifact(folder, kind, verify=verify)
     except UsageError:
         return False
-    return manifest.inputs == dict(inputs) and manifest.arguments == _plain(dict(arguments))
+    found, wanted = (
+        {name: value for name, value in given.items() if name not in free}
+        for given in (manifest.arguments, _plain(dict(arguments)))
+    )
+    return manifest.inputs == dict(inputs) and found == wanted
 
 
 def atomic_write_json(path: Path | str, value: Any) -> None:

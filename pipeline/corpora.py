@@ -49,10 +49,10 @@ FAILURES = "failures.jsonl"
 _PROMPTS = "prompts.json"
 # How servers are asked, not what for: another address or more patience goes on with a stopped run.
 _MANNER = {"server", "api_key_env", "concurrency", "attempts", "request_timeout", "max_failures"}
-# What servers' answers do not depend on: a stopped run of theirs goes on with other values.
-_FREE_WITH_SERVER = frozenset(
-    {"batch", "precision", "keep_states", "shard_documents", "shard_megabytes"}
-)
+# What a corpus of servers' answers has nothing of, and how it is divided into files: a stopped run
+# of theirs goes on with other values, and a finished one asks nobody again for them.
+_NOT_OF_SERVERS = frozenset({"batch", "precision", "keep_states"})
+_DIVISION = frozenset({"shard_documents", "shard_megabytes"})
 
 
 def corpus_stage(options: CorpusOptions, offline: bool | None = None) -> ArtifactReport:
@@ -68,12 +68,13 @@ def corpus_stage(options: CorpusOptions, offline: bool | None = None) -> Artifac
     if options.prompts is not None:
         inputs["prompts"] = sha256_file(_existing(options.prompts))
     arguments = _arguments(options)
-    if is_up_to_date(out, KIND, inputs, arguments, verify="size"):
-        return _report(out, up_to_date=True)
     tokenizer = vocabulary_sha256(target.path / "tokenizer.json")
+    if (finished := _finished(out, options, inputs, arguments, tokenizer)) is not None:
+        return finished
     data: dict[str, Any] = {"tokenizer_sha256": tokenizer}
-    free = _FREE_WITH_SERVER if options.server is not None else frozenset[str]()
-    with disk_full_as_error(out), work_folder(out, Settings(inputs, arguments, free)) as work:
+    free = frozenset() if options.server is None else _NOT_OF_SERVERS | _DIVISION
+    settings = Settings(inputs, arguments, free)
+    with disk_full_as_error(out), work_folder(out, settings) as work:
         with progress("corpus") as tell:
             if options.server is not None:
                 answers = _ask(target, options, template, work, tell)
@@ -122,9 +123,47 @@ def corpus_fingerprint(folder: Path) -> str:
 def _arguments(options: CorpusOptions) -> dict[str, Any]:
     """What decides the corpus; options of servers only where one is asked."""
     excluded = {"target", "prompts", "out", *_MANNER}
-    if options.server is None:
-        excluded |= {*ServerOptions.model_fields}
+    excluded |= {*ServerOptions.model_fields} if options.server is None else _NOT_OF_SERVERS
     return options.model_dump(mode="json", exclude=excluded)
+
+
+def _finished(
+    out: Path,
+    options: CorpusOptions,
+    inputs: dict[str, str],
+    arguments: dict[str, Any],
+    tokenizer: str,
+) -> ArtifactReport | None:
+    """The corpus that is there already; of servers' answers, in files of other sizes where those
+    are asked for now.
+    """
+    asked = options.server is not None
+    free = _NOT_OF_SERVERS if asked else frozenset[str]()  # earlier versions put them on record
+    if is_up_to_date(out, KIND, inputs, arguments, verify="size", free=free):
+        return _report(out, up_to_date=True)
+    if asked and is_up_to_date(out, KIND, inputs, arguments, free=free | _DIVISION):
+        _divide_again(out, options, inputs, arguments, tokenizer)
+        return _report(out, up_to_date=False)
+    return None
+
+
+def _divide_again(
+    out: Path,
+    options: CorpusOptions,
+    inputs: dict[str, str],
+    arguments: dict[str, Any],
+    tokenizer: str,
+) -> None:
+    """The same answers and failures in files of other sizes."""
+    from drafter.corpus import ShardLimits, StoredCorpus, write_shards
+
+    note(f"the answers of {out} are divided into files anew; no server is asked")
+    old, texts = read_artifact(out, KIND), StoredCorpus(out)
+    limits = ShardLimits(options.shard_documents, options.shard_megabytes)
+    with write_artifact(out, KIND, old.name, inputs, arguments, old.data) as folder:
+        write_shards(folder, (texts[i] for i in range(len(texts))), limits, tokenizer)
+        if FAILURES in old.files:
+            link_or_copy(out / FAILURES, folder / FAILURES)
 
 
 def _check_server_options(options: CorpusOptions) -> None:

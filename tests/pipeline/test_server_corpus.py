@@ -277,6 +277,38 @@ def test_a_refused_prompt_is_not_asked_again_and_is_on_record(
         assert not server.bodies
 
 
+def test_a_finished_corpus_asks_nobody_again_for_options_that_mean_nothing_to_servers(
+    cache: Path, tiny_llama_dir: Path, words: Path, tmp_path: Path
+) -> None:
+    """Nor for files of other sizes: the answers are divided anew. A corpus of an earlier version,
+    which put such options on record, is finished too.
+    """
+    out = tmp_path / "c"
+    one_fails = Script({WORDS[2]: [status(400)]})
+    with answering(one_fails) as server:
+        arguments = (server.url, tiny_llama_dir, words, out, "--max-failures=0.2", "--json")
+        assert corpus(*arguments, "--batch=3").code == 0
+        asked, before = len(server.bodies), read_corpus(out)
+        for other in ("--batch=7", "--precision=fp32"):
+            assert corpus(*arguments, other).json["up_to_date"] is True
+        older = json.loads((out / "manifest.json").read_text())
+        older["arguments"] |= {"batch": 64, "precision": "bf16", "keep_states": False}
+        (out / "manifest.json").write_text(json.dumps(older))
+        assert corpus(*arguments).json["up_to_date"] is True
+        divided = corpus(*arguments, "--shard-documents=2")
+        assert divided.code == 0, divided.err
+        assert "no server is asked" in divided.err
+        assert len(server.bodies) == asked
+        again = read_corpus(out)
+        assert [d.ids.tolist() for d in again] == [d.ids.tolist() for d in before]
+        assert len([*out.glob("shard-*")]) == 4
+        assert (out / "failures.jsonl").read_text().count("not now") == 1
+        assert divided.json["details"]["failures"] == 1
+        assert corpus(*arguments, "--shard-documents=2").json["up_to_date"] is True
+        assert corpus(*arguments, "--shard-documents=2", "--seed=5").code == 0
+        assert len(server.bodies) > asked
+
+
 def test_no_answer_at_all_makes_no_corpus_whatever_may_fail(
     cache: Path, tiny_llama_dir: Path, words: Path, tmp_path: Path
 ) -> None:

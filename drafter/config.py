@@ -83,6 +83,7 @@ class DrafterConfig(BaseModel):
     graphs return. `VARIANTS` are off in the original EAGLE-3: `fc_norm` norms each tap before `fc`,
     `norm_before_fc` all of them as one vector; `norm_output` feeds the final-normed state back
     (EAGLE-3.1); with `norm_before_residual` the layer's residual is the normed hidden.
+    `own_embedding`: tokens are embedded by a table in the checkpoint, not by the target's.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -109,12 +110,14 @@ class DrafterConfig(BaseModel):
     norm_before_fc: bool = False
     norm_output: bool = False
     norm_before_residual: bool = False
+    own_embedding: bool = False
 
     @model_serializer(mode="wrap")
     def _only_variants_used(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # What has no variant is written as it was before there were any: files and runs stay equal.
         fields: dict[str, Any] = dump(self)
-        return {name: value for name, value in fields.items() if value or name not in VARIANTS}
+        later = (*VARIANTS, "own_embedding")
+        return {name: value for name, value in fields.items() if value or name not in later}
 
     @model_validator(mode="after")
     def _layer_fits(self) -> DrafterConfig:

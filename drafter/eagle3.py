@@ -4,9 +4,9 @@
 Two entry points, never chosen by tensor width: `extend` takes target taps (fused by `fc`), `step`
 takes the drafter's own previous state: pre-norm, or final-normed with `norm_output`. Slot j holds
 the feature of position j and the embedding of token j+1, at rotary position j; its output is the
-law of token j+2. The embedding is the target's, frozen, and never in a checkpoint. The variants of
-later checkpoints (`drafter.config.VARIANTS`) are computed as vLLM's `llama_eagle3.py` and
-speculators 0.9 do.
+law of token j+2. The embedding is the target's, frozen, and not in the checkpoint; a drafter with
+`own_embedding` brings a table of its own, frozen too. The variants of later checkpoints
+(`drafter.config.VARIANTS`) are computed as vLLM's `llama_eagle3.py` and speculators 0.9 do.
 """
 
 from __future__ import annotations
@@ -66,6 +66,18 @@ class DraftLayer(nn.Module):
         return f
 
 
+class OwnEmbedding(nn.Module):
+    """A table `weight` [V, Ht] that comes with a checkpoint: a buffer, so that no training changes
+    it.
+    """
+
+    def __init__(self, config: DrafterConfig) -> None:
+        super().__init__()
+        size = (config.vocab_size, config.target_hidden_size)
+        self.register_buffer("weight", torch.zeros(size))
+        self.weight: Tensor
+
+
 class Drafter(nn.Module):
     """The drafter. `target_embedding` and `target_rows` [V, Ht] are the target's tensors, shared
     and frozen.
@@ -87,6 +99,7 @@ class Drafter(nn.Module):
         self.lm_head = build_head(config, rows)
         self.target_rows = [rows.detach()]  # the target's own head, likewise shared
         self.target_embedding = [target_embedding.detach()]  # in a list: not part of the checkpoint
+        self.embed_tokens = OwnEmbedding(config) if config.own_embedding else None
         inverse = rope_frequencies(config.rope, config.head_dim)
         self.register_buffer("inverse", inverse, persistent=False)
         self.inverse: Tensor
@@ -113,9 +126,15 @@ class Drafter(nn.Module):
         found: list[Tensor] = getattr(self.lm_head, "target_rows", [])
         return found
 
+    @property
+    def embedding(self) -> Tensor:
+        """The table [V, Ht] that tokens are embedded by: the target's, or the drafter's own."""
+        own = self.embed_tokens
+        return self.target_embedding[0] if own is None else own.weight
+
     def embed(self, input_ids: Tensor) -> Tensor:
-        """Token ids [B, T] -> the target's embeddings [B, T, Ht]."""
-        return F.embedding(input_ids, self.target_embedding[0])
+        """Token ids [B, T] -> their embeddings [B, T, Ht]."""
+        return F.embedding(input_ids, self.embedding)
 
     def fuse(self, taps: Tensor) -> Tensor:
         """Target taps [B, T, n_taps * Ht], one after the other -> g [B, T, H], what `extend` feeds

@@ -72,7 +72,7 @@ def check_format(layout: str, dtype: str, config: DrafterConfig) -> None:
         raise UsageError(f"the format '{layout}' is unknown; known: {', '.join(LAYOUTS)}.")
     if dtype not in DTYPES:
         raise UsageError(f"the precision '{dtype}' is unknown; known: {', '.join(DTYPES)}.")
-    for name in config.variants:
+    for name in (*config.variants, *["own_embedding"] * config.own_embedding):
         if name in LAYOUTS[layout].lacks:
             raise UsageError(
                 f"this drafter has the variant {name}, which {layout} does not compute and would "
@@ -105,7 +105,7 @@ def write_eagle3(
     }
     tensors["lm_head.weight"] = dense_head(drafter)
     if chosen.embedding:
-        tensors["embed_tokens.weight"] = drafter.target_embedding[0]
+        tensors["embed_tokens.weight"] = drafter.embedding
     mend = "choose --precision bf16, which ends where fp32 does"
     tensors = rounded(tensors, DTYPES[dtype], "this drafter's weights", mend)
     head, vocab = drafter.lm_head, drafter.config.vocab_size
@@ -220,8 +220,11 @@ def _speculators(config: DrafterConfig, target: dict[str, Any]) -> dict[str, Any
 
 LAYOUTS: dict[str, Layout] = {
     "vllm": Layout("midlayer.", _vllm),
-    "sglang": Layout(
-        "midlayer.", _sglang, identity_maps=True, lacks=("norm_before_fc", "norm_before_residual")
+    "sglang": Layout(  # it puts the target's embedding over a drafter's own
+        "midlayer.",
+        _sglang,
+        identity_maps=True,
+        lacks=("norm_before_fc", "norm_before_residual", "own_embedding"),
     ),
     # speculators 0.9 leaves an embedding that is not in the file uninitialised, without an error
     "speculators": Layout("layers.0.", _speculators, embedding=True),

@@ -41,8 +41,9 @@ def read_eagle3(
 
     `tap_ids`, one of `TAP_IDS`: what the layer ids in its config mean; None where the config names
     none or is of speculators. `norm_output`, one of `NORM_OUTPUT`: what that key means; None where
-    it is not set or the config is of speculators. Raises UsageError for a form of the layer that we
-    do not compute, a foreign embedding, or weights that do not fit.
+    it is not set or the config is of speculators. An embedding that is not the target's stays the
+    drafter's own. Raises UsageError for a form of the layer that we do not compute, or weights that
+    do not fit.
     """
     found = read_json(folder / "config.json")
     if found.get("model_type") == "slimspec":
@@ -56,11 +57,12 @@ def read_eagle3(
     for name, tensor in tensors.items():
         if name not in _MAPS:
             _check_values(name, tensor, folder)
-    _drop_embedding(tensors, target, folder)
+    own_embedding = _has_own_embedding(tensors, target)
     ids = _draft_ids(tensors, found.get("draft_vocab_size"), target.config.vocab_size, folder)
     taps = _taps(found, target.config, tap_ids, folder)
     _check_sizes(tensors, len(taps), target.config, folder)
-    config = _native_config(layer, tensors, ids, target.config, folder, taps=taps, **variants)
+    more = {**variants, "taps": taps, "own_embedding": own_embedding}
+    config = _native_config(layer, tensors, ids, target.config, folder, **more)
     model = Drafter(config, target.embed_tokens.weight, target.lm_head.weight)
     if ids is not None and config.head == "truncated":
         check_draft_ids(ids, config.vocab_size, target.config.eos_token_ids, str(folder))
@@ -175,15 +177,17 @@ def _own_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return named
 
 
-def _drop_embedding(tensors: dict[str, Tensor], target: TargetDecoder, where: Path) -> None:
-    own = tensors.pop("embed_tokens.weight", None)
-    theirs = target.embed_tokens.weight
-    if own is None or (own.shape == theirs.shape and torch.equal(own, theirs.to(own.dtype))):
-        return
-    raise UsageError(
-        f"{where} has an embedding of its own that is not the target's; ours share the target's. "
-        "Is it a drafter for another target?"
-    )
+def _has_own_embedding(tensors: dict[str, Tensor], target: TargetDecoder) -> bool:
+    """Whether the file's embedding is another than the target's; one that equals it, in its own
+    dtype, is taken out.
+    """
+    own, theirs = tensors.get("embed_tokens.weight"), target.embed_tokens.weight
+    if own is None:
+        return False
+    if own.shape == theirs.shape and torch.equal(own, theirs.to(own.dtype)):
+        del tensors["embed_tokens.weight"]
+        return False
+    return True
 
 
 def _draft_ids(

@@ -22,7 +22,7 @@ from drafter.decoder import TargetDecoder, rope_frequencies
 from drafter.eagle3 import Drafter, DraftState
 from engines.base import Arrays, CachedRows, decode_by_run
 from export.contract import GRAPHS, GraphContract, GraphName, contracts
-from export.files import EMBEDDING, HEAD_ROWS, WEIGHTS
+from export.files import EMBEDDING, HEAD_ROWS, OWN_EMBEDDING, WEIGHTS
 from export.onnx_files import map_weights
 
 Run = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
@@ -157,7 +157,9 @@ def _drafter_name(name: str, tensor: Tensor) -> tuple[str, Tensor]:
         "head.down.weight",
         "head.up.weight",
     }
-    if name.startswith("head."):
+    if name == OWN_EMBEDDING:
+        name = EMBEDDING
+    elif name.startswith("head."):
         name = f"lm_{name}"
     elif not name.startswith(("fc.", "fc_norm.", "input_norm.", "norm.")):
         name = f"midlayer.{name}"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from drafter.eagle3 import Drafter, norm_taps
 from export.contract import drafter_contract
-from export.files import EMBEDDING, HEAD_ROWS
+from export.files import EMBEDDING, HEAD_ROWS, OWN_EMBEDDING
 from export.head import attach_function, export_head
 from export.layers import OnnxAttention, OnnxMLP, Projection, frozen, gather_rows, rope_half_tables
 from export.trace import SIZES, rename_weight, trace
@@ -19,15 +19,16 @@ from export.trace import SIZES, rename_weight, trace
 
 class DrafterGraph(nn.Module):
     """What both entry points share. Embedding and head rows are the target's, under the target's
-    names.
+    names; an embedding of the drafter's own has its own.
     """
 
     def __init__(self, drafter: Drafter, target_rows: Tensor, tied: bool) -> None:
         super().__init__()
         layer = drafter.midlayer
         self.embed_tokens = nn.Module()
-        self.embed_tokens.weight = frozen(drafter.target_embedding[0])
-        rows = self.embed_tokens.weight if tied else frozen(target_rows)
+        self.embed_tokens.weight = frozen(drafter.embedding)
+        shared = tied and not drafter.config.own_embedding
+        rows = self.embed_tokens.weight if shared else frozen(target_rows)
         self.input_layernorm = layer.input_layernorm
         self.hidden_norm = layer.hidden_norm
         self.post_attention_layernorm = layer.post_attention_layernorm
@@ -118,5 +119,6 @@ def trace_drafter(
     model = trace(graph, drafter_contract(drafter.config, kind), sizes)
     attach_function(model, graph.head.function())
     rename_weight(model, target_rows, HEAD_ROWS)
-    rename_weight(model, drafter.target_embedding[0], EMBEDDING)  # last: the name when tied
+    name = OWN_EMBEDDING if drafter.config.own_embedding else EMBEDDING
+    rename_weight(model, drafter.embedding, name)  # last: the name when tied
     return model

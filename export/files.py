@@ -24,6 +24,7 @@ TOKENIZER_FILES = (TOKENIZER, "tokenizer_config.json", "chat_template.jinja")
 # Tensors that the drafter graphs share with the target.
 EMBEDDING = "embed_tokens.weight"
 HEAD_ROWS = "lm_head.weight"
+OWN_EMBEDDING = "drafter.embed_tokens.weight"  # of a drafter that does not use the target's
 DRAFT_IDS = "head.draft_ids"  # of a truncated head
 
 

@@ -38,13 +38,16 @@ def drafter_config(
     if not low_rank:
         lost = f"is for the low_rank head, --head is {options.head}"
         refuse_given(options, {"rank", "rescore", "head_init"}, lost)
+    changes: dict[str, Any] = {}
     if options.body is not None:
         refuse_given(options, {"from_target"}, "is for a fresh layer, --body was given")
+        body = read_drafter_config(find_drafter(target, options.body))
+        changes["own_embedding"] = body.own_embedding
     check_vocabulary_options(options)
     size = options.draft_vocab
     if size in (None, AUTO):  # what the search finds takes the place of the quarter
         size = max(1, shape.vocab_size // 4)
-    changes: dict[str, Any] = {
+    changes |= {
         "head": options.head,
         "draft_vocab_size": size if options.head == "truncated" else None,
         "lm_head_rank": options.rank,

@@ -21,7 +21,7 @@ from drafter.sources import TargetFolder
 from drafter.sources.folder import weight_files
 from drafter.tokenizer import vocabulary_sha256
 from pipeline.corpora import corpus_fingerprint
-from pipeline.progress import progress
+from pipeline.progress import note, progress
 from pipeline.prompts import own_prompts
 from pipeline.reports import ArtifactReport
 from pipeline.stages import DRAFTER_KIND, artifact_report
@@ -133,8 +133,14 @@ def import_stage(
         "taps": found.taps,
         "variants": found.variants,
         "draft_vocab_size": found.draft_vocab_size,
+        "own_embedding_bytes": _own_embedding_bytes(found),
     }
     return _report(read_artifact(out, DRAFTER_KIND, verify=False), out, done, details)
+
+
+def _own_embedding_bytes(config: DrafterConfig) -> int:
+    """What a table of the drafter's own adds to an engine, where it is fp32; 0 without one."""
+    return 4 * config.vocab_size * config.target_hidden_size if config.own_embedding else 0
 
 
 def _read(
@@ -158,8 +164,13 @@ def _read(
         )
         with write_artifact(out, DRAFTER_KIND, target.name, inputs, arguments, {}) as temporary:
             # holds them all to the bit: of float16 and bfloat16 that is float32
-            dtypes = (parameter.dtype for parameter in drafter.parameters())
+            dtypes = (t.dtype for t in drafter.state_dict().values() if t.is_floating_point())
             save_drafter(drafter, temporary, reduce(torch.promote_types, dtypes))
+    if drafter.config.own_embedding:
+        note(
+            "the checkpoint embeds tokens by a table of its own, not the target's: "
+            f"{_own_embedding_bytes(drafter.config) / 1e6:.1f} MB more in an engine"
+        )
 
 
 def _public_name(target: TargetFolder) -> str:

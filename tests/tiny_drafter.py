@@ -65,6 +65,8 @@ def tiny_drafter(
             torch.nn.init.normal_(module.weight, std=0.2)
         if norms and isinstance(module, RMSNorm):
             torch.nn.init.normal_(module.weight, mean=1.0, std=0.2)
+    if drafter.embed_tokens is not None:
+        torch.nn.init.normal_(drafter.embed_tokens.weight)
     return drafter.eval()
 
 

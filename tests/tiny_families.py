@@ -83,6 +83,8 @@ def write_drafter(folder: Path, target_folder: Path, **changes: Any) -> Path:
     config = drafter_config_for(target.config, **({"tokenizer_sha256": digest} | changes))
     model = Drafter(config, target.embed_tokens.weight, target.lm_head.weight)
     randomise(model, seed=2)
+    if model.embed_tokens is not None:
+        model.embed_tokens.weight.normal_()
     save_drafter(model, folder, dtype=torch.float32)
     return folder
 

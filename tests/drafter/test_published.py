@@ -10,12 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from drafter.checkpoint import load_drafter, save_drafter
 from drafter.config import VARIANTS, RopeConfig
 from drafter.eagle3 import Drafter
 from drafter.errors import UsageError
 from drafter.heads.truncated import TruncatedHead
 from drafter.interop import LAYOUTS, write_eagle3
 from drafter.published import read_eagle3
+from drafter.unroll import unroll
+from tests.eagle3_reference import Reference
 from tests.tiny_drafter import FORMS, VOCAB, form, tiny_drafter, tiny_target
 
 TARGET = tiny_target()
@@ -86,6 +89,43 @@ def test_other_prefixes_and_an_equal_embedding_are_the_same_drafter(tmp_path: Pa
     found = read_eagle3(tmp_path, TARGET, "input")
     assert torch.equal(found.fc.weight, made.fc.weight)
     assert torch.equal(found.midlayer.mlp.up_proj.weight, made.midlayer.mlp.up_proj.weight)
+
+
+@pytest.mark.parametrize("layout", ["vllm", "speculators"])
+@torch.no_grad()
+def test_an_embedding_of_its_own_stays_its_own(layout: str, tmp_path: Path) -> None:
+    """Another table than the target's is read to the bit, kept in our own format, and used."""
+    published(tmp_path, layout)
+    table = torch.randn(VOCAB, 32)
+    edit(tmp_path, lambda c, t: (c, t | {"embed_tokens.weight": table}))
+    found = read_eagle3(tmp_path, TARGET, CONVENTION[layout])
+    assert found.config.own_embedding
+    assert torch.equal(found.embedding, table)
+    ids, taps = torch.randint(0, VOCAB, (10,)), torch.randn(9, 3 * 32)
+    reference = Reference(load_file(tmp_path / "model.safetensors"), table, LAYOUTS[layout].layer)
+    (state,) = unroll(found, ids[None], torch.cat((taps, torch.zeros(1, 3 * 32)))[None], 1)
+    got = found.lm_head.scores(found.head_input(state[0, :9]))  # type: ignore[operator]
+    torch.testing.assert_close(got, reference.scores(ids[1:], taps)[0], atol=1e-4, rtol=1e-4)
+    for name in ("native", "again"):
+        (tmp_path / name).mkdir()
+    save_drafter(found, tmp_path / "native", torch.float32)
+    loaded = load_drafter(tmp_path / "native", TARGET)
+    write_eagle3(loaded, tmp_path / "again", layout, "fp32", ABOUT)
+    first, second = (load_file(p / "model.safetensors") for p in (tmp_path, tmp_path / "again"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_training_leaves_an_embedding_of_its_own_alone() -> None:
+    """It is frozen, as the target's is."""
+    made = drafter(own_embedding=True)
+    assert "embed_tokens.weight" in made.state_dict()
+    assert not [name for name, _ in made.named_parameters() if "embed" in name]
+
+
+def test_an_engine_that_would_not_use_an_embedding_of_its_own_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="own_embedding, which sglang does not compute"):
+        published(tmp_path, "sglang", own_embedding=True)
 
 
 def test_without_a_head_it_is_the_targets(tmp_path: Path) -> None:
@@ -259,8 +299,8 @@ def test_layer_ids_without_a_convention_are_refused(tmp_path: Path) -> None:
 
 def test_what_belongs_to_another_target_or_is_incomplete_is_refused(tmp_path: Path) -> None:
     published(tmp_path)
-    edit(tmp_path, lambda c, t: (c, t | {"embed_tokens.weight": torch.randn(VOCAB, 32)}))
-    with pytest.raises(UsageError, match="embedding of its own that is not the target's"):
+    edit(tmp_path, lambda c, t: (c, t | {"embed_tokens.weight": torch.randn(VOCAB, 24)}))
+    with pytest.raises(UsageError, match=r"embed_tokens\.weight has shape \[61, 24\].*\[61, 32\]"):
         read_eagle3(tmp_path, TARGET, "input")
     edit(
         tmp_path,

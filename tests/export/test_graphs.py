@@ -26,11 +26,13 @@ from engines.parity import EXACT, compare
 from engines.torch_backend import exported_drafter, exported_target, torch_engines
 from export.contract import CONTRACT_VERSION, GRAPHS, contracts
 from export.drafter import trace_drafter
-from export.files import EMBEDDING, HEAD_ROWS, WEIGHTS, check_metadata
+from export.files import EMBEDDING, HEAD_ROWS, OWN_EMBEDDING, WEIGHTS, check_metadata
+from export.model import export_model
 from export.onnx_files import WeightFile, save_graph
 from export.target import trace_target
 from tests.export.conftest import Exported
 from tests.tiny_drafter import FORMS, form, tiny_drafter, tiny_target
+from tests.tiny_families import write_pair
 
 ONNX_TYPES = {"int64": "tensor(int64)", "float32": "tensor(float)", "bool": "tensor(bool)"}
 OTHER_SIZES = {"B": 4, "T": 7, "P": 3, "R": 6}
@@ -133,6 +135,36 @@ def test_weights_come_back_under_their_checkpoint_names(exported: Exported) -> N
         assert torch.equal(decoder.state_dict()[name], tensor), name
     for name, tensor in layer.state_dict().items():
         assert torch.equal(tensor, drafter.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_embedding_of_the_drafters_own_lies_beside_the_targets(
+    tied: bool, tmp_path: Path
+) -> None:
+    """One more table in the weights; the rows that rescore are the target's still, stored once."""
+    pair = write_pair(tmp_path, tied=tied, rescore=24, own_embedding=True)
+    export_model(pair.target, pair.drafter, tmp_path / "export", name="tiny")
+    target = load_target(pair.target)
+    drafter = load_drafter(pair.drafter, target)
+    decoder = exported_target(tmp_path / "export" / "target.onnx", target.config, target.taps)
+    layer = exported_drafter(tmp_path / "export" / "drafter_extend.onnx", drafter.config, decoder)
+    assert torch.equal(layer.embedding, drafter.embedding)
+    assert not torch.equal(layer.embedding, target.embed_tokens.weight)
+    for graph in ("drafter_extend", "drafter_step"):
+        places = weight_places(tmp_path / "export" / f"{graph}.onnx")
+        targets = weight_places(tmp_path / "export" / "target.onnx")
+        assert places[HEAD_ROWS] == targets[EMBEDDING if tied else HEAD_ROWS]
+        assert places[OWN_EMBEDDING] not in targets.values()
+        assert EMBEDDING not in places
+
+
+def weight_places(path: Path) -> dict[str, tuple[int | None, int | None]]:
+    """Where each initializer of a graph lies in the weights."""
+    return {
+        name: (value.const_value.offset, value.const_value.length)
+        for name, value in ir.load(path).graph.initializers.items()
+        if isinstance(value.const_value, ir.ExternalTensor)
+    }
 
 
 @pytest.mark.parametrize("exported", ["qwen3"], indirect=True)

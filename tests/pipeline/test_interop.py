@@ -149,6 +149,35 @@ def test_a_published_drafter_is_read_and_runs(
     assert result.code == 0, result.err
 
 
+def test_a_published_drafter_with_an_embedding_of_its_own_runs_and_its_cost_is_said(
+    export: Any, tiny_llama_dir: Path, prompt_file: Path, tmp_path: Path
+) -> None:
+    """`run` compares graphs and engine with PyTorch, and the texts with plain decoding."""
+    theirs, ours = tmp_path / "out", tmp_path / "ours"
+    assert export("vllm").code == 0
+    tensors = load_file(theirs / "model.safetensors")
+    table = torch.randn(320, 32).bfloat16()
+    save_file(tensors | {"embed_tokens.weight": table}, theirs / "model.safetensors")
+    reading = (theirs, f"--target={tiny_llama_dir}", "--tap-ids=input", f"--out={ours}")
+    read = run_command("import-drafter", *reading, "--json")
+    assert read.code == 0, read.err
+    assert read.json["details"]["own_embedding_bytes"] == 320 * 32 * 4
+    assert "a table of its own, not the target's: 0.0 MB more" in read.err
+    assert torch.equal(load_file(ours / "model.safetensors")["embed_tokens.weight"], table)
+    arguments = run_arguments(tiny_llama_dir, ours, prompt_file, tmp_path / "report.json")
+    result = run_command(*arguments)
+    assert result.code == 0, result.err
+    dialogues = tmp_path / "dialogues.jsonl"
+    dialogues.write_text('{"prompt_ids": [1, 5, 6], "response_ids": [8, 9, 7, 2]}\n' * 9)
+    for name, way in (("started", "--start"), ("embodied", "--body")):
+        training = (f"--dialogues={dialogues}", f"{way}={ours}", "--steps=1", "--precision=fp32")
+        where = (f"--run={tmp_path / f'run-{name}'}", f"--out={tmp_path / name}")
+        trained = run_command("train", f"--target={tiny_llama_dir}", *training, *where)
+        assert trained.code == 0, trained.err
+        kept = load_file(tmp_path / name / "model.safetensors")["embed_tokens.weight"]
+        assert torch.equal(kept.float(), table.half().float()), name
+
+
 def test_an_import_is_made_anew_where_its_source_or_its_meaning_changed(
     export: Any, tiny_llama_dir: Path, tmp_path: Path
 ) -> None:

@@ -2,7 +2,8 @@
 
 `worker` answers requests one after another on its own thread; `app` holds the routes, `answer` what
 happens in them; `schema` reads requests, `replies` writes answers; `guards` checks keys and body
-sizes and logs; `listen` runs uvicorn. Prompts, answers and keys are never logged.
+sizes and logs; `listen` runs uvicorn, `connections` closes those that send no request. Prompts,
+answers and keys are never logged.
 """
 
 from runtime.server.app import create_app

@@ -27,6 +27,7 @@ from drafter.errors import UsageError
 from engines.base import KIND, MEND
 from runtime.server.answer import Service
 from runtime.server.app import create_app
+from runtime.server.connections import patient_protocol
 from runtime.server.settings import API_KEY_VARIABLE, ServerSettings
 
 if TYPE_CHECKING:
@@ -63,14 +64,17 @@ class DrainingServer(uvicorn.Server):
 
 def make_server(app: FastAPI) -> DrainingServer:
     """A server for an application of `create_app`; run it with `run(sockets=[...])`."""
+    settings = app.state.service.settings
     config = uvicorn.Config(
         app,
+        http=patient_protocol(settings.header_timeout_s),
+        ws="none",
         log_config=_logging(),
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=_FLUSH_S,
         # uvicorn refuses at this number, the new connection counted
-        limit_concurrency=app.state.service.settings.max_connections + 1,
+        limit_concurrency=settings.max_connections + 1,
     )
     return DrainingServer(config, app.state.service)
 

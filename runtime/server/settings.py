@@ -42,6 +42,7 @@ class ServerSettings(BaseModel):
     max_tokens_limit: int = Field(default=4096, ge=1)
     max_messages: int = Field(default=512, ge=1)
     max_body_bytes: int = Field(default=1 << 20, ge=1)
+    header_timeout_s: float = Field(default=30.0, gt=0, allow_inf_nan=False)
     upload_timeout_s: float = Field(default=30.0, gt=0, allow_inf_nan=False)
     max_connections: int = Field(default=512, ge=1)
     request_timeout_s: float = Field(default=600.0, gt=0, allow_inf_nan=False)

@@ -273,6 +273,26 @@ class TestBodySize:
         assert answer.status_code == 200
 
 
+HALF = [b"GET /hea"]
+DRIPPING = [b"GET /health HTTP/1.1\r\n", *[b"x: y\r\n"] * 50]
+
+
+def closed_while_sending(line: socket.socket, parts: list[bytes]) -> bool:
+    """Whether the server closed, while the parts were sent one by one or after them."""
+    line.settimeout(0.05)
+    for part in parts:
+        try:
+            line.sendall(part)
+            if not line.recv(4096):
+                return True
+        except TimeoutError:
+            continue
+        except ConnectionError:
+            return True
+    line.settimeout(10)
+    return line.recv(4096) == b""
+
+
 class TestSlowClients:
     def test_a_body_that_does_not_come_is_refused_and_the_connection_closed(
         self, generator: ValvedGenerator
@@ -296,6 +316,34 @@ class TestSlowClients:
         self, generator: ValvedGenerator
     ) -> None:
         with running(generator, upload_timeout_s=0.2) as server:
+            generator.valve.close()
+            threading.Timer(0.6, generator.valve.open).start()
+            assert post(server, "chat/completions", CHAT).status_code == 200
+
+    @pytest.mark.parametrize(
+        ("answered_before", "sent"),
+        [(False, []), (False, HALF), (False, DRIPPING), (True, HALF), (True, DRIPPING)],
+        ids=["nothing", "half", "dripping", "half, second", "dripping, second"],
+    )
+    def test_a_header_that_does_not_end_closes_the_connection(
+        self, generator: ValvedGenerator, answered_before: bool, sent: list[bytes]
+    ) -> None:
+        """Also where a line comes now and then; and after an answer, on the same connection."""
+        with running(generator, header_timeout_s=0.3) as server:
+            host, port = server.listener.getsockname()[:2]
+            with socket.create_connection((host, port), timeout=10) as line:
+                if answered_before:
+                    line.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+                    answer = b""
+                    while b"}" not in answer:
+                        answer += line.recv(4096)
+                assert closed_while_sending(line, sent)
+            assert server.http.get("/health").status_code == 200
+
+    def test_a_whole_request_may_wait_for_its_answer_longer_than_its_header_may_take(
+        self, generator: ValvedGenerator
+    ) -> None:
+        with running(generator, header_timeout_s=0.2) as server:
             generator.valve.close()
             threading.Timer(0.6, generator.valve.open).start()
             assert post(server, "chat/completions", CHAT).status_code == 200

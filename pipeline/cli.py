@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import typer
 
 from drafter.errors import SlimSpecError
-from pipeline.commands import artifacts, decoding, learning, machine, whole
+from pipeline.commands import artifacts, corpora, decoding, machine, training, whole
 
 INTERRUPTED = 130
 _GO_ON = ("run", "fetch", "corpus", "train")  # where they were, when they are run again
@@ -35,8 +35,8 @@ app = typer.Typer(
 _COMMANDS: dict[str, Callable[..., None]] = {
     "run": whole.run,
     "fetch": artifacts.fetch,
-    "corpus": learning.corpus,
-    "train": learning.train,
+    "corpus": corpora.corpus,
+    "train": training.train,
     "export": artifacts.export,
     "export-drafter": artifacts.export_drafter,
     "import-drafter": artifacts.import_drafter,

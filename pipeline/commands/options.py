@@ -12,6 +12,7 @@ from drafter.errors import UsageError
 from pipeline.config import (
     BuildOptions,
     CompareOptions,
+    CorpusOptions,
     DecodeOptions,
     RunOptions,
     default,
@@ -155,6 +156,15 @@ Trees = Annotated[
     ),
 ]
 
+ShardMegabytes = Annotated[
+    float | None,
+    option(
+        "--shard-megabytes",
+        help="Largest file of a corpus or of captured states.",
+        default=default(CorpusOptions, "shard_megabytes"),
+    ),
+]
+
 
 def offline(flag: bool) -> bool | None:
     """What `resolve_target` wants: None leaves it to SLIMSPEC_OFFLINE."""
@@ -181,3 +191,16 @@ def prompts(given: str | None) -> dict[str, Any]:
             f"--prompts is '{given}'; {name} takes a whole number from 1 to {most} after the colon."
         )
     return {"prompt_set": name, "prompts": int(wanted)}
+
+
+def numbers(text: str | None, kind: type[int] | type[float], name: str) -> tuple[float, ...] | None:
+    """An option that is numbers with commas between them. Raises UsageError naming it."""
+    if text is None:
+        return None
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        wanted = "2,15,27" if kind is int else "0,0.6,1"
+        raise UsageError(
+            f"{name} is {text!r}; numbers with commas between them are needed, like {wanted}."
+        ) from None

@@ -29,7 +29,7 @@ COMMANDS = (
 )
 
 
-MODULES = {"generate": "decoding", "corpus": "learning"}
+MODULES = {"generate": "decoding", "corpus": "corpora"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)

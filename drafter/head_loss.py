@@ -10,8 +10,9 @@ result is sum_k mean over N of weight_k * loss_k. Weights of the draft steps: `g
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -158,17 +159,29 @@ def chunked_loss(
     """
     count = whole.size(len(teacher_scores))
     chunk = chunk or rows_at_a_time(teacher_scores, 32)
-    means = [0.0] * len(scores)
-    if objective.loss.uses_alpha:
-        sums = [0.0] * len(scores)
-        if whole.alphas is None:
-            sums = alpha_sums([z.detach() for z in scores], teacher_scores, log_weight, chunk)
-        means = whole.means(sums, count)
+    plain = [z.detach() for z in scores]
+    sums = partial(alpha_sums, plain, teacher_scores, log_weight, chunk)
+    means = means_before(objective, whole, len(scores), count, sums)
     found = [0.0] * len(scores)
     value: Tensor = _ChunkedLoss.apply(
         means, found, count, teacher_scores, log_weight, objective, chunk, kept, *scores
     )  # type: ignore[no-untyped-call]
     return value, [total / count for total in found]
+
+
+def means_before(
+    objective: Objective,
+    whole: Whole,
+    steps: int,
+    count: float,
+    sums: Callable[[], list[float]],
+) -> list[float]:
+    """The mean alphas that a loss depends on, before its first gradient: those of the `whole` where
+    they are known, else of `sums`, asked only then; zeros for a loss that depends on none.
+    """
+    if not objective.loss.uses_alpha:
+        return [0.0] * steps
+    return whole.means(sums() if whole.alphas is None else [0.0] * steps, count)
 
 
 def rows_at_a_time(states: Tensor, on_cpu: int) -> int:

@@ -11,12 +11,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from drafter.head_loss import ALL, Objective, Whole, chunk_gradients, log_law, parts, rows_at_a_time
+from drafter.head_loss import (
+    ALL,
+    Objective,
+    Whole,
+    chunk_gradients,
+    log_law,
+    means_before,
+    parts,
+    rows_at_a_time,
+)
 from drafter.losses import Laws, alpha
 
 Score = Callable[[Tensor], Tensor]
@@ -58,12 +68,8 @@ def lean_loss(
     """
     count = whole.size(len(teacher))
     chunk = chunk or rows_at_a_time(teacher, 64)
-    means = [0.0] * len(inputs)
-    if objective.loss.uses_alpha:
-        sums = [0.0] * len(inputs)
-        if whole.alphas is None:
-            sums = lean_alpha_sums(inputs, teacher, scoring, chunk)
-        means = whole.means(sums, count)
+    sums = partial(lean_alpha_sums, inputs, teacher, scoring, chunk)
+    means = means_before(objective, whole, len(inputs), count, sums)
     found = [0.0] * len(inputs)
     value: Tensor = _LeanLoss.apply(
         means, found, count, teacher, scoring, objective, chunk, *scoring.parameters, *inputs

@@ -5,10 +5,12 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import platform
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
+from typing import Any
 
 _SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
@@ -37,6 +39,35 @@ def _quota(default: int) -> int:
         return default if limit == "max" else math.ceil(int(limit) / int(period))
     except (OSError, ValueError):
         return default
+
+
+# Instruction sets that decide how fast matrix products are.
+_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "amx_bf16")
+
+
+def processor() -> dict[str, Any]:
+    """The processor and the cores of it that this process may use."""
+    model, flags = _model_and_flags()
+    return {
+        "cpu": model,
+        "cpu_flags": flags,
+        "cores": physical_cores(),
+        "logical_cpus": len(os.sched_getaffinity(0)),
+    }
+
+
+def _model_and_flags() -> tuple[str, list[str]]:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return platform.processor() or platform.machine(), []
+    fields: dict[str, str] = {}
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        fields[name.strip()] = value.strip()
+    flags = set(fields.get("flags", fields.get("Features", "")).split())
+    model = fields.get("model name") or platform.machine()
+    return model, [flag for flag in _FLAGS if flag in flags]
 
 
 @dataclass(frozen=True)

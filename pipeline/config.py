@@ -16,6 +16,7 @@ from pydantic_core import PydanticCustomError
 
 from drafter.errors import UsageError
 
+TreeKind = Literal["default", "chain", "adaptive"]
 DEFAULT_TARGET = "smollm2-135m"
 SMOKE_TOKENS = 32
 
@@ -41,8 +42,12 @@ class TreeOptions(_Options):
 
 
 class BuildOptions(TreeOptions):
-    """What `build-engine` needs besides an export. `threads` None: the physical cores."""
+    """What `build-engine` needs besides an export. `threads` None: the physical cores. `mode`: of
+    the engine's own trees; `calibrate`: whether its costs are measured once it is built.
+    """
 
+    mode: Literal["fixed", "adaptive"] | None = None
+    calibrate: bool = True
     backend: str = "onnxruntime"
     precision: str = "fp32"
     threads: int | None = Field(None, ge=1)
@@ -65,12 +70,20 @@ class GenerateOptions(DecodeOptions):
     threads: int | None = Field(None, ge=1)
 
 
+class ShapeOptions(TreeOptions):
+    """The tree of one way of decoding: the engine's (`default`), a chain, or one that follows the
+    measured costs (`adaptive`), with the values given overruling it.
+    """
+
+    tree: TreeKind = "default"
+
+
 class CompareOptions(TreeOptions):
     """What drafters are compared in: `tree`s, whose values the tree options overrule; whether
     `plain` decoding is measured too; how many `seeds` a prompt has where tokens are drawn.
     """
 
-    tree: tuple[Literal["default", "chain"], ...] = Field(("default",), min_length=1)
+    tree: tuple[TreeKind, ...] = Field(("default",), min_length=1)
     plain: bool = True
     seeds: int = Field(1, ge=1)
     threads: int | None = Field(None, ge=1)

@@ -14,12 +14,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
+
+import numpy as np
 
 from drafter.errors import UsageError
 from runtime.drafter import Drafter
 from runtime.draws import Drawing
 from runtime.lookup import NO_GUESS, SuffixLookup
+from runtime.policy import FixedPolicy, Policy, require_market
 from runtime.sampling import GREEDY, Dice, SamplingConfig, choose
 from runtime.stats import RoundStats
 from runtime.target import Taps, Target
@@ -55,11 +58,25 @@ class Round:
     finish: FinishReason | None
 
 
-class _Pending(NamedTuple):
-    """Slots the drafter has still to be fed: taps [1, T, 3H] and the token after each of them."""
+class _Pending:
+    """Slots the drafter has still to be fed: taps [1, T, 3H] and the token after each of them.
 
-    tokens: list[int]
-    taps: Taps
+    They gather while rounds do without the drafter.
+    """
+
+    def __init__(self, tokens: list[int], taps: Taps) -> None:
+        self.tokens, self._taps = tokens, [taps]
+
+    def add(self, tokens: list[int], taps: Taps) -> None:
+        """Append the slots of one round."""
+        self.tokens = self.tokens + tokens
+        self._taps.append(taps)
+
+    def take(self) -> tuple[list[int], Taps]:
+        """All of them; none are left."""
+        tokens, parts = self.tokens, self._taps
+        self.tokens, self._taps = [], []
+        return tokens, parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
 
 def check_request(request: Request, target: Target, drafter: Drafter | None) -> None:
@@ -88,14 +105,21 @@ def check_request(request: Request, target: Target, drafter: Drafter | None) -> 
 
 
 def decode(
-    target: Target, drafter: Drafter | None, request: Request, dice: Dice
+    target: Target,
+    drafter: Drafter | None,
+    request: Request,
+    dice: Dice,
+    policy: Policy | None = None,
 ) -> Iterator[Round]:
     """Decode one request: first the prompt's passes, the last of them with the first token.
 
     Target and drafter are emptied first and belong to this request until the iterator is exhausted
-    or closed. Raises UsageError for a request that cannot be decoded.
+    or closed. `policy` plans the rounds of an adaptive tree; a fixed one needs none. Raises
+    UsageError for a request that cannot be decoded.
     """
     check_request(request, target, drafter)
+    if policy is None:
+        policy = _fixed(request, drafter)
     limit = min(request.max_tokens, target.max_context - len(request.prompt))
     target.truncate(0)
     if drafter is not None:
@@ -121,17 +145,26 @@ def decode(
     emitted = 1
     while finish is None:
         clock = _Clock(target, drafter)
-        tree = _draft(target, drafter, pending, root, request, limit - emitted, lookup, dice)
+        room = limit - emitted
+        tree = _draft(target, drafter, pending, root, request, room, lookup, dice, policy)
         verdict = verify(tree, target.verify(tree), request.sampling, dice)
         taps = target.commit([0, *verdict.path])
+        policy.observe(tree, verdict.path)
         block = [*(tree.tokens[node] for node in verdict.path), verdict.bonus]
-        root, pending = verdict.bonus, _Pending(block, taps)
+        root = verdict.bonus
+        pending.add(block, taps)
         if lookup is not None:
             lookup.add(block)
         block, finish = _cut(block, request.stop_ids, limit - emitted)
         emitted += len(block)
         accepted = min(len(verdict.path), len(block))
         yield Round(block, clock.stats(len(block), accepted, len(tree) - 1), finish)
+
+
+def _fixed(request: Request, drafter: Drafter | None) -> Policy:
+    if drafter is not None and request.tree.mode != "fixed":
+        require_market(None)
+    return FixedPolicy(drawn=not request.sampling.greedy)
 
 
 def _prefill(
@@ -161,6 +194,7 @@ def _draft(
     new_tokens: int,
     lookup: SuffixLookup | None,
     dice: Dice,
+    policy: Policy,
 ) -> DraftTree:
     """The tree of one round that may emit `new_tokens`, no larger than the context has room for.
 
@@ -172,10 +206,11 @@ def _draft(
     fitted = request.tree.fitted(new_tokens, rows=target.max_context - target.length - 1)
     if fitted is None:
         return DraftTree.root_only(root)
-    first = drafter.extend(pending.tokens, pending.taps)
+    drafts, terms = policy.plan(fitted, target.length, len(pending.tokens))
+    first = drafter.extend(*pending.take()) if drafts else None
     guess = lookup.guess(fitted.lookup) if lookup is not None else NO_GUESS
     drawing = None if request.sampling.greedy else Drawing(request.sampling, dice)
-    return grow(root, first, drafter.step, fitted, guess, drawing)
+    return grow(root, first, drafter.step, fitted, guess, drawing, terms)
 
 
 def _cut(

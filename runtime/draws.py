@@ -16,6 +16,7 @@ drawn from q without it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -72,7 +73,8 @@ class DrawnRow:
     """The children of one node, best first, each drawn when it is asked for.
 
     `tokens`, `log_probs`: the drafter's candidates. `guess`: a token and its log-chance that joins
-    the siblings at the place its chance gives it.
+    the siblings at the place its chance gives it. `believed` turns the draws' log-chances into
+    those they are ranked by, keeping their order (`runtime.terms`).
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class DrawnRow:
         width: int,
         drawing: Drawing,
         guess: tuple[int, float] | None = None,
+        believed: Callable[[list[float]], list[float]] = list,
     ) -> None:
         self._ids = np.array(tokens, dtype=np.int64)
         self._probs = target_law(np.array(log_probs, dtype=np.float32), drawing.sampling)
@@ -90,11 +93,14 @@ class DrawnRow:
         self._tokens: list[int] = []
         self._guess = guess
         support = int(np.count_nonzero(self._probs))
-        self.log_chances = [math.log(c) for c in chances(self._probs, min(width, support))]
+        raw = [math.log(c) for c in chances(self._probs, min(width, support))]
+        self.raw: list[float | None] = [*raw]
+        self.log_chances = believed(raw)
         self._guess_at = -1
         if guess is not None:
             self._guess_at = sum(chance >= guess[1] for chance in self.log_chances)
             self.log_chances.insert(self._guess_at, guess[1])
+            self.raw.insert(self._guess_at, None)
 
     def take(self, rank: int) -> tuple[int, Drawn | None] | None:
         """The child of this rank with the law it was drawn from (None: a guess).

@@ -22,8 +22,11 @@ from typing import Any, Protocol
 
 from drafter.errors import UsageError
 from drafter.tokenizer import ChatTokenizer
+from runtime.calibration import Tell
+from runtime.cost import CostModel
 from runtime.decode import FinishReason, Request, Round, check_request, decode
 from runtime.drafter import Drafter, EngineDrafter
+from runtime.policy import Market, Policy, require_market
 from runtime.sampling import SamplingConfig, SeededDice
 from runtime.stats import Tally, Timings
 from runtime.target import EngineTarget, Target
@@ -111,8 +114,10 @@ class Generator:
         eos_ids: Sequence[int] = (),
         tree: TreeConfig = DEFAULT_TREE,
         drawn_tree: TreeConfig | None = None,
+        costs: CostModel | None = None,
     ) -> None:
         self.tokenizer = tokenizer
+        self._market = None if costs is None else Market(costs)
         self._tree, self._drawn_tree = tree, drawn_tree or tree
         self.eos_ids = frozenset(tokenizer.eos_ids) | frozenset(eos_ids)
         self._target = target
@@ -120,24 +125,45 @@ class Generator:
         self._busy = threading.Lock()
 
     @classmethod
-    def load(cls, engine_dir: str | Path, threads: int | None = None) -> Generator:
-        """Open an engine folder. Raises UsageError or MissingError, as `open_engines` does."""
-        from engines import open_engines  # with the backends, which only this needs
+    def load(
+        cls,
+        engine_dir: str | Path,
+        threads: int | None = None,
+        tell: Tell | None = None,
+        *,
+        adaptive: bool = False,
+    ) -> Generator:
+        """Open an engine folder. Raises UsageError or MissingError, as `open_engines` does.
 
-        engines = open_engines(Path(engine_dir), threads=threads, verify=True)
+        What its passes cost on this machine is read from the cache. Where that is not known, it is
+        measured (some seconds; `tell` hears so) if the engine's trees are adaptive, or if
+        `adaptive` says that a request's will be.
+        """
+        from engines import open_engines  # with the backends, which only this needs
+        from runtime.cost_store import known_costs
+
+        folder = Path(engine_dir)
+        engines = open_engines(folder, threads=threads, verify=True)
         manifest = engines.manifest
         context = manifest.max_context
+        trees = [TreeConfig.from_dict(tree) for tree in (manifest.tree, manifest.drawn_tree)]
+        needed = adaptive or any(tree.mode == "adaptive" for tree in trees)
         return cls(
             EngineTarget(engines.target, manifest.target, context),
             EngineDrafter(engines.extend, engines.step, manifest.drafter, context),
             ChatTokenizer.load(manifest.folder),
             eos_ids=manifest.target.eos_token_ids,
-            tree=TreeConfig.from_dict(manifest.tree),
-            drawn_tree=TreeConfig.from_dict(manifest.drawn_tree),
+            tree=trees[0],
+            drawn_tree=trees[1],
+            costs=known_costs(folder, lambda: engines, threads, tell, measure=needed),
         )
 
     def with_drafter(
-        self, drafter: Drafter, tree: TreeConfig, drawn_tree: TreeConfig | None = None
+        self,
+        drafter: Drafter,
+        tree: TreeConfig,
+        drawn_tree: TreeConfig | None = None,
+        costs: CostModel | None = None,
     ) -> Generator:
         """This target and tokenizer with another drafter, of the same taps and context.
 
@@ -150,6 +176,7 @@ class Generator:
             eos_ids=tuple(self.eos_ids),
             tree=tree,
             drawn_tree=drawn_tree,
+            costs=costs,
         )
         other._busy = self._busy
         return other
@@ -256,17 +283,23 @@ class Generator:
         )
         drafter = self._drafter if speculate else None
         check_request(request, self._target, drafter)
-        return self._pieces(request, drafter, TextStream(self.tokenizer, check_stops(stop)))
+        policy = self._policy(request) if speculate else None
+        return self._pieces(request, drafter, policy, TextStream(self.tokenizer, check_stops(stop)))
+
+    def _policy(self, request: Request) -> Policy | None:
+        if request.tree.mode == "fixed":
+            return None
+        return require_market(self._market).policy(request.sampling)
 
     def _pieces(
-        self, request: Request, drafter: Drafter | None, text: TextStream
+        self, request: Request, drafter: Drafter | None, policy: Policy | None, text: TextStream
     ) -> Iterator[Piece]:
         tally = Tally(depth=request.tree.depth if drafter is not None else 0)
         dice = SeededDice(request.sampling.seed)
         shown: list[str] = []
         token_ids: list[int] = []
         with self._claimed():
-            for passed in decode(self._target, drafter, request, dice):
+            for passed in decode(self._target, drafter, request, dice, policy):
                 start = time.perf_counter()
                 tokens, new, finish = _read(passed, text, request.stop_ids)
                 token_ids += tokens

@@ -9,23 +9,33 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from drafter.artifact import sha256_file
 from drafter.errors import UsageError
 from export.files import TOKENIZER_FILES
+from runtime.calibration import Tell
 from runtime.drafter import EngineDrafter
 from runtime.generator import Generator
 from runtime.tree import TreeConfig
 
 
-def load_side_by_side(engine_dirs: Sequence[Path], threads: int | None = None) -> list[Generator]:
-    """A Generator for each engine folder. They answer one request at a time between them.
+def load_side_by_side(
+    engine_dirs: Sequence[Path],
+    threads: int | None = None,
+    tell: Tell | None = None,
+    *,
+    adaptive: bool = False,
+) -> list[Generator]:
+    """A Generator for each engine folder. They answer one request at a time between them. `tell`
+    and `adaptive`: see `Generator.load`.
 
     Raises UsageError where a folder is no engine, or of another backend, target precision, target
     or tokenizer than the first.
     """
-    from engines import open_drafter, read_engine  # with the backends, which only this needs
+    from engines import open_drafter, open_engines, read_engine  # only this needs the backends
+    from runtime.cost_store import known_costs
 
     _check_same(engine_dirs)
     shared: dict[tuple[tuple[int, ...], int], Generator] = {}
@@ -34,13 +44,20 @@ def load_side_by_side(engine_dirs: Sequence[Path], threads: int | None = None) -
         _, manifest = read_engine(folder, verify=False)
         key = (manifest.taps, manifest.max_context)
         if key not in shared:
-            shared[key] = Generator.load(folder, threads)
+            shared[key] = Generator.load(folder, threads, tell, adaptive=adaptive)
             found.append(shared[key])
             continue
         opened = open_drafter(folder, threads=threads, verify=True)
         drafter = EngineDrafter(opened.extend, opened.step, manifest.drafter, manifest.max_context)
         trees = TreeConfig.from_dict(manifest.tree), TreeConfig.from_dict(manifest.drawn_tree)
-        found.append(shared[key].with_drafter(drafter, *trees))
+        costs = known_costs(
+            folder,
+            partial(open_engines, folder, threads=threads),
+            threads,
+            tell,
+            measure=adaptive or any(tree.mode == "adaptive" for tree in trees),
+        )
+        found.append(shared[key].with_drafter(drafter, *trees, costs))
     return found
 
 

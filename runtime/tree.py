@@ -15,9 +15,11 @@ on the tokens drawn, and each node remembers what it was drawn from.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, insort
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple, Protocol
+from functools import partial
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +27,10 @@ import numpy.typing as npt
 from drafter.errors import CheckFailed, UsageError
 from runtime.draws import Drawing, Drawn, DrawnRow
 from runtime.lookup import NO_GUESS, Guess
+from runtime.terms import FixedTerms, Terms
+
+Mode = Literal["fixed", "adaptive"]
+MODES: tuple[Mode, ...] = ("fixed", "adaptive")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +44,9 @@ class TreeConfig:
     (`runtime.lookup`), which may reach below `depth`; 0 turns that off. `min_level`: where the path
     probabilities of the nodes to expand next sum to less, drafting ends: one more drafter call
     would cost more than it brings; 0 turns that off. Of drawn nodes the best one counts alone: a
-    sum would let a token's own children decide whether others outrank it.
+    sum would let a token's own children decide whether others outrank it. `mode`: `fixed` follows
+    these settings; `adaptive` prices nodes by measured costs (`runtime.policy`), so that the sizes
+    are only ceilings, and takes neither threshold.
     """
 
     depth: int = 4
@@ -47,6 +55,7 @@ class TreeConfig:
     min_prob: float = 0.0
     lookup: int = 0
     min_level: float = 0.0
+    mode: Mode = "fixed"
 
     def __post_init__(self) -> None:
         for name in ("depth", "width", "budget"):
@@ -60,6 +69,13 @@ class TreeConfig:
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not number or not 0.0 <= value < 1.0:
                 raise UsageError(f"tree {name} is {value!r}; it must be >= 0 and below 1.")
+            if value and self.mode == "adaptive":
+                raise UsageError(
+                    f"tree {name} is {value!r}, but an adaptive tree prices its nodes by measured "
+                    "costs; leave it out, or choose a tree of mode 'fixed'."
+                )
+        if self.mode not in MODES:
+            raise UsageError(f"tree mode is {self.mode!r}; it must be {' or '.join(MODES)}.")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TreeConfig:
@@ -87,8 +103,13 @@ class TreeConfig:
             return self
         return replace(self, depth=depth, width=width, budget=budget, lookup=lookup)
 
+    def terms(self, drawn: bool) -> Terms:
+        """What these settings ask of the nodes of a tree, drawn or not."""
+        return FixedTerms(self.budget, self.min_prob, self.min_level, drawn)
+
 
 DEFAULT_TREE = TreeConfig()
+ADAPTIVE_TREE = TreeConfig(depth=8, width=6, budget=24, lookup=8, mode="adaptive")
 
 
 class Proposals(NamedTuple):
@@ -121,7 +142,8 @@ class DraftTree:
 
     Siblings keep the drafter's order, best first; drawn ones the order in which they were drawn.
     `scores` are path log-probabilities. `drawn`: what each node's token was drawn from, None for a
-    point mass; empty when all are.
+    point mass; empty when all are. `raw`: the log-chance of each node given its parent as the
+    drafter gave it, None for guesses.
     """
 
     tokens: list[int]
@@ -129,6 +151,7 @@ class DraftTree:
     depths: list[int]  # 0 for the root: the node's position is the root's plus this
     scores: list[float]
     drawn: Sequence[Drawn | None] = ()
+    raw: Sequence[float | None] = ()
 
     @classmethod
     def root_only(cls, token: int) -> DraftTree:
@@ -171,9 +194,12 @@ class DraftTree:
 
 
 class _Row(Protocol):
-    """The children proposed for one node, best first."""
+    """The children proposed for one node, best first. `raw`: what the drafter gave each of them,
+    before `Terms.chances`; None for a guess.
+    """
 
     log_chances: list[float]
+    raw: list[float | None]
 
     def take(self, rank: int) -> tuple[int, Drawn | None] | None:
         """Token of a rank and what it was drawn from; asked for in order. None: nothing left."""
@@ -184,16 +210,24 @@ class _ListedRow:
     """Children that are the drafter's best candidates, a guess among them."""
 
     def __init__(
-        self, tokens: list[int], log_probs: list[float], width: int, guess: _Guessed
+        self,
+        tokens: list[int],
+        raw: list[float],
+        log_chances: list[float],
+        width: int,
+        guess: _Guessed,
     ) -> None:
+        self.raw: list[float | None] = [*raw]
+        self._tokens, self.log_chances = tokens, log_chances
         if guess is not None:
             # An equal token keeps its better chance.
-            best = dict(zip(tokens, log_probs, strict=True))
-            best[guess[0]] = max(guess[1], best.get(*guess))
-            ranked = sorted(best.items(), key=lambda item: -item[1])
-            tokens, log_probs = [t for t, _ in ranked], [p for _, p in ranked]
-        self._tokens = tokens
-        self.log_chances = log_probs[:width]
+            best = dict(zip(tokens, zip(log_chances, self.raw, strict=True), strict=True))
+            if guess[0] not in best or best[guess[0]][0] < guess[1]:
+                best[guess[0]] = (guess[1], None)
+            ranked = sorted(best.items(), key=lambda item: -item[1][0])[:width]
+            self._tokens = [token for token, _ in ranked]
+            self.log_chances = [chance for _, (chance, _) in ranked]
+            self.raw = [found for _, (_, found) in ranked]
 
     def take(self, rank: int) -> tuple[int, Drawn | None]:
         """See `_Row`."""
@@ -203,23 +237,22 @@ class _ListedRow:
 class _Pool:
     """All candidates of a round, in flat order.
 
-    `bar`: what a path score has to exceed to be worth keeping. Once `budget` candidates exist it is
-    the worst of the best `budget` scores: later candidates that do not exceed it cannot enter the
-    tree, nor can their children, so leaving them out changes nothing but the time.
+    `bar`: what a path score has to exceed to be worth keeping: what the terms ask of the first
+    place that no candidate pays for, or the score of the last one that pays, if that is less. Later
+    candidates that do not exceed it cannot enter the tree, nor can their children, so leaving them
+    out changes nothing but the time.
     """
 
-    def __init__(self, config: TreeConfig, drawn: bool) -> None:
+    def __init__(self, config: TreeConfig, terms: Terms) -> None:
         self.tokens: list[int] = []
         self.parents: list[int] = []  # flat index, -1: the root
         self.depths: list[int] = []
         self.scores: list[float] = []
+        self.raw: list[float | None] = []
         self.drawn: list[Drawn | None] = []
-        self._config = config
-        self._worth = max if drawn else sum  # of the nodes to expand next, see `frontier`
-        self._floor = -math.inf
-        if config.min_prob > 0:
-            self._floor = math.nextafter(math.log(config.min_prob), -math.inf)
-        self.bar = self._floor
+        self._width, self._terms = config.width, terms
+        self._losses: list[float] = []  # scores with their sign turned, rising
+        self.bar = terms.floors[0]
 
     def propose(self, parents: Sequence[int], rows: Sequence[_Row], depth: int) -> range:
         """Append the children proposed for `parents`; returns the new flat indices."""
@@ -237,30 +270,31 @@ class _Pool:
                 self.drawn.append(taken[1])
                 self.parents.append(parent)
                 self.scores.append(score)
+                self.raw.append(row.raw[rank])
+                insort(self._losses, -score)
         new = range(first, len(self.tokens))
         self.depths += [depth] * len(new)
-        if len(self.scores) >= self._config.budget:
-            self.bar = sorted(self.scores, reverse=True)[self._config.budget - 1]
+        paying, floors = self._paying(), self._terms.floors
+        limits = [-self._losses[paying - 1]] if paying else []
+        self.bar = min(limits + list(floors[paying : paying + 1]))
         return new
 
-    def frontier(self, level: range, fed: Container[int]) -> list[int]:
-        """The nodes of `level` worth expanding: its best `width` above the bar, best first; none
-        where they are too unlikely: together, or the best of them where nodes are drawn.
-
-        With the best one alone drawn trees stay lossless. Where a child of x is the one that lets
-        drafting go on, all that follows scores no higher than that child, so nothing of it
-        outranks x.
+    def frontier(self, level: range, fed: Container[int], depth: int) -> list[int]:
+        """The nodes of `level` worth expanding, best first; none where drafting is to end.
 
         Only a child of a node that was `fed` can be: the drafter has no state of other parents.
         """
         open_ = [n for n in level if self.parents[n] in fed and self.scores[n] > self.bar]
-        best = self._best(open_, self._config.width)
-        chances = [math.exp(self.scores[node]) for node in best]
-        return best if chances and self._worth(chances) >= self._config.min_level else []
+        best = self._best(open_, self._width)
+        if not best:
+            return []
+        scores = [self.scores[node] for node in best]
+        places = [bisect_left(self._losses, -score) for score in scores]
+        return best[: self._terms.expanded(depth, scores, places)]
 
     def selected(self, root: int) -> DraftTree:
-        """The best `budget` candidates under the root, in flat order."""
-        kept = sorted(self._best(range(len(self.tokens)), self._config.budget))
+        """The best candidates under the root, as many as pay for their place, in flat order."""
+        kept = sorted(self._best(range(len(self.tokens)), self._paying()))
         node_of = {flat: node for node, flat in enumerate(kept, start=1)}
         node_of[-1] = 0
         return DraftTree(
@@ -269,7 +303,17 @@ class _Pool:
             depths=[0] + [self.depths[flat] for flat in kept],
             scores=[0.0] + [self.scores[flat] for flat in kept],
             drawn=[None] + [self.drawn[flat] for flat in kept],
+            raw=[None] + [self.raw[flat] for flat in kept],
         )
+
+    def _paying(self) -> int:
+        """How many of the best candidates exceed what their place asks for, up to the first that
+        does not.
+        """
+        for place, (loss, floor) in enumerate(zip(self._losses, self._terms.floors, strict=False)):
+            if -loss <= floor:
+                return place
+        return min(len(self._losses), len(self._terms.floors))
 
     def _best(self, candidates: Sequence[int], count: int) -> list[int]:
         """The `count` best by score. Python's sort is stable, reversed too: ties keep order."""
@@ -312,33 +356,38 @@ class _GuessPath:
 
 def grow(
     root: int,
-    first: Proposals,
+    first: Proposals | None,
     expand: Expand,
     config: TreeConfig,
     guess: Guess = NO_GUESS,
     drawing: Drawing | None = None,
+    terms: Terms | None = None,
 ) -> DraftTree:
     """Draft one round's tree.
 
-    `first` holds the proposals after the root (R = 1); `expand` feeds a frontier to the drafter and
+    `first` holds the proposals after the root (R = 1), None for a round without the drafter, whose
+    tree is what there is of the guess; `expand` feeds a frontier to the drafter and
     returns the proposals after each of its nodes. It is called at most depth-1 times. `guess` is a
     path that does not come from the drafter; the drafter expands it where its scores earn that.
-    With `drawing` tokens are drawn, without it they are the drafter's best. Raises CheckFailed for
-    a log-probability that is not a number.
+    With `drawing` tokens are drawn, without it they are the drafter's best. `terms`: those of the
+    round, where they are not the ones of `config`. Raises CheckFailed for a log-probability that is
+    not a number.
     """
-    pool, path = _Pool(config, drawn=drawing is not None), _GuessPath(guess)
+    terms = terms or config.terms(drawn=drawing is not None)
+    pool, path = _Pool(config, terms), _GuessPath(guess)
 
     def propose(parents: list[int], proposals: Proposals, depth: int) -> range:
-        new = pool.propose(*_rows(parents, proposals, path, config.width, drawing), depth)
+        rows = _rows(parents, proposals, path, config.width, drawing, terms, depth)
+        new = pool.propose(*rows, depth)
         path.follow(pool, new)
         return new
 
-    level = propose([-1], first, 1)
+    level = propose(*(([], Proposals([], [])) if first is None else ([-1], first)), 1)
     place = {-1: 0}  # flat index -> row of the drafter's previous output
     seen: dict[int, tuple[int, ...]] = {-1: ()}  # flat index -> cache rows that its children attend
     fed = 0
-    for depth in range(1, config.depth):
-        nodes = pool.frontier(level, place)
+    for depth in range(1, config.depth if first is not None else 1):
+        nodes = pool.frontier(level, place, depth)
         if not nodes:
             break
         parents = [pool.parents[node] for node in nodes]
@@ -365,6 +414,8 @@ def _rows(
     path: _GuessPath,
     width: int,
     drawing: Drawing | None,
+    terms: Terms,
+    depth: int,
 ) -> tuple[list[int], list[_Row]]:
     """One row of children for each of `parents`, the guess among them; as a row of its own when
     the node it follows was not expanded.
@@ -380,9 +431,11 @@ def _rows(
             )
         joins = guess if parent == tip else None
         if drawing is None or best == -math.inf:  # a dead end has no law to draw from
-            rows.append(_ListedRow(tokens[:width], log_probs[:width], width, joins))
+            raw = log_probs[:width]
+            rows.append(_ListedRow(tokens[:width], raw, terms.chances(depth, raw), width, joins))
         else:
-            rows.append(DrawnRow(tokens, log_probs, width, drawing, joins))
+            chances = partial(terms.chances, depth)
+            rows.append(DrawnRow(tokens, log_probs, width, drawing, joins, chances))
     if guess is not None and tip not in parents:
-        return [*parents, tip], [*rows, _ListedRow([], [], 1, guess)]
+        return [*parents, tip], [*rows, _ListedRow([], [], [], 1, guess)]
     return parents, rows

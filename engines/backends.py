@@ -95,7 +95,7 @@ def build_engines(
     backend: str = "onnxruntime",
     precision: str = "fp32",
     threads: int | None = None,
-    tree: Mapping[str, int | float] | None = None,
+    tree: Mapping[str, int | float | str] | None = None,
     *,
     progress: Callable[[str, float], None] | None = None,
 ) -> Manifest:
@@ -204,7 +204,7 @@ def find_backend(name: str) -> Backend:
 
 
 def engine_data(
-    exported: Manifest, backend: str, precision: str, tree: Mapping[str, int | float]
+    exported: Manifest, backend: str, precision: str, tree: Mapping[str, int | float | str]
 ) -> dict[str, Any]:
     """The `data` of an engine manifest: the fields of `EngineManifest` but its folder. `tree`: what
     differs from the default trees.

@@ -62,7 +62,7 @@ def head_cost(drafter: DrafterConfig, precision: str, states: int = 1) -> HeadCo
     return forward_cost(head_products(drafter), states, stored)
 
 
-Tree = dict[str, int | float]  # the fields of `runtime.tree.TreeConfig`
+Tree = dict[str, int | float | str]  # the fields of `runtime.tree.TreeConfig`
 DEFAULT_TREE: Tree = {
     "depth": 4,
     "width": 4,

@@ -41,6 +41,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "export-drafter": artifacts.export_drafter,
     "import-drafter": artifacts.import_drafter,
     "build-engine": artifacts.build_engine,
+    "calibrate": artifacts.calibrate,
     "check": artifacts.check,
     "generate": decoding.generate,
     "evaluate": decoding.evaluate,

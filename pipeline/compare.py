@@ -18,12 +18,12 @@ from pipeline.config import CompareOptions, DecodeOptions, TreeOptions, options
 from pipeline.figures import Counts
 from pipeline.intervals import Estimate
 from pipeline.measure import Answer, Way, encode, measure
-from pipeline.progress import Tell, progress
+from pipeline.progress import Tell, progress, said_once
 from pipeline.prompts import PromptSet
 from runtime.generator import Generator
-from runtime.tree import TreeConfig
+from runtime.tree import ADAPTIVE_TREE, TreeConfig
 
-CHAIN, DEFAULT = "chain", "default"  # the engine's own tree
+CHAIN, DEFAULT, ADAPTIVE = "chain", "default", "adaptive"  # default: the engine's own tree
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,9 @@ def compare_all(
     """
     from runtime.side_by_side import load_side_by_side
 
-    generators = load_side_by_side(engine_dirs, chosen.threads)
+    generators = load_side_by_side(
+        engine_dirs, chosen.threads, said_once(), adaptive=ADAPTIVE in chosen.tree
+    )
     tasks = [
         (prompts, decode, ways_of(engine_dirs, generators, decode.temperature, chosen))
         for decode, prompts in product(decodes, sets)
@@ -119,7 +121,7 @@ def ways_of(
 
 
 def shaped(tree: TreeConfig, kind: str, shape: TreeOptions) -> TreeConfig:
-    """The engine's tree, or a chain of its depth, with the values of `shape`.
+    """The engine's tree, a chain of its depth or an adaptive one, with the values of `shape`.
 
     A chain is drafted to its full depth by the drafter alone: nothing prunes it, nothing is looked
     up, so that its tau says what the drafter can do. Raises UsageError.
@@ -128,6 +130,8 @@ def shaped(tree: TreeConfig, kind: str, shape: TreeOptions) -> TreeConfig:
     if kind == CHAIN:
         depth = given.get("depth", tree.depth)
         tree = TreeConfig(depth=depth, width=1, budget=depth)
+    if kind == ADAPTIVE:
+        tree = ADAPTIVE_TREE
     return replace(tree, **given)
 
 

@@ -42,11 +42,11 @@ class TreeOptions(_Options):
 
 
 class BuildOptions(TreeOptions):
-    """What `build-engine` needs besides an export. `threads` None: the physical cores. `mode`: of
-    the engine's own trees; `calibrate`: whether its costs are measured once it is built.
+    """What `build-engine` needs besides an export. `threads` None: the physical cores. `tree`: the
+    mode of the engine's own trees; `calibrate`: whether its costs are measured once it is built.
     """
 
-    mode: Literal["fixed", "adaptive"] | None = None
+    tree: Literal["fixed", "adaptive"] = "fixed"
     calibrate: bool = True
     backend: str = "onnxruntime"
     precision: str = "fp32"

@@ -86,3 +86,16 @@ def _lines(label: str) -> Tell:
             note(f"{label}: {what}" if share is None else f"{label}: {what} ({share:.0%})")
 
     return tell
+
+
+def said_once() -> Tell:
+    """A `tell` for a step that is rarely needed: a line for each new thing it does."""
+    last = ""
+
+    def tell(what: str, _share: float | None) -> None:
+        nonlocal last
+        if what != last:
+            last = what
+            note(what)
+
+    return tell

@@ -95,7 +95,7 @@ class WayReport(_Report):
     backend: str | None
     precision: str | None
     head: str | None
-    tree: dict[str, int | float]
+    tree: dict[str, int | float | str]
     tokens: int
     rounds: int
     identical: int | None

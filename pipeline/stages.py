@@ -11,10 +11,10 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from drafter.artifact import MANIFEST, Manifest, fingerprint, read_artifact
 from drafter.errors import MissingError, UsageError
@@ -35,6 +35,7 @@ T = TypeVar("T")
 
 if TYPE_CHECKING:
     from pipeline.check import CheckReport
+    from runtime.cost import CostTable
 
 
 @dataclass
@@ -128,9 +129,8 @@ def export_stage(target: TargetFolder, drafter: Path, out: Path | None = None) -
 def build_stage(export: Path, options: BuildOptions, out: Path | None = None) -> ArtifactReport:
     """Build an engine from an export and remember it as the last one."""
     from engines import build_engines
-    from runtime.tree import TreeConfig
 
-    TreeConfig(**options.chosen())  # refuses a bad tree before anything is built
+    tree = _tree(options)  # refuses a bad one before anything is built
     out = out or export.resolve().parent / engine_name(options.backend, options.precision)
     _discard_damaged(out, "engine")
     before = _fingerprint(out)
@@ -141,11 +141,37 @@ def build_stage(export: Path, options: BuildOptions, out: Path | None = None) ->
             backend=options.backend,
             precision=options.precision,
             threads=options.threads,
-            tree=options.chosen() or None,
+            tree=tree,
             progress=tell,
         )
     remember_engine(out, export)
+    if options.calibrate:
+        calibrate_stage(out, options.threads)
     return artifact_report(manifest, out, before)
+
+
+def _tree(options: BuildOptions) -> dict[str, Any]:
+    """What the engine's trees are to differ in from the default ones. Raises UsageError."""
+    from runtime.tree import ADAPTIVE_TREE, TreeConfig
+
+    adaptive = asdict(ADAPTIVE_TREE) if options.tree == "adaptive" else {}
+    given = options.chosen()
+    TreeConfig(**adaptive | given)
+    return adaptive | given
+
+
+def calibrate_stage(engine: Path, threads: int | None = None, force: bool = False) -> CostTable:
+    """The measured costs of an engine here; measured now where there are none, or by `force`."""
+    from engines import open_engines
+    from runtime.cost_store import calibrate, noise_sentence, stored_costs
+
+    found = stored_costs(engine, threads)
+    if isinstance(found, str) or force:
+        with progress("calibrate") as tell:
+            found = calibrate(engine, open_engines(engine, threads=threads), threads, tell)
+    if (said := noise_sentence(found)) is not None:
+        note(said)
+    return found
 
 
 def check_stage(

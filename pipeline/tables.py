@@ -23,6 +23,7 @@ from pipeline.reports import (
     ParityRow,
     WayReport,
 )
+from runtime.cost import CostTable
 
 _PARTS = {
     "prefill_s": "prompt",
@@ -50,6 +51,27 @@ def parity_table(rows: Sequence[ParityRow]) -> Table:
             _yes(all(row.ok for row in group)),
         )
     return table
+
+
+def cost_tables(costs: CostTable) -> list[Table]:
+    """Measured costs: a row for each graph and context, and what is no curve."""
+    found = []
+    for title, curves in (
+        ("Target pass, ms by tokens", costs.verify),
+        ("Drafter extend, ms by slots", costs.extend),
+        ("Drafter step, ms by nodes", costs.step),
+    ):
+        table = _table(title, ("batch", "cached", *map(str, curves[0].sizes)))
+        for curve in curves:
+            cells = [f"{ms:.1f}" for ms in curve.ms]
+            table.add_row(str(curve.batch), str(curve.context), *cells)
+        found.append(table)
+    rest = _table("Other costs, ms", ("what", "ms"))
+    rest.add_row("the drafter's head, for one more state", f"{costs.head_ms:.2f}")
+    rest.add_row("our own code, plain round", f"{costs.own_ms:.2f}")
+    rest.add_row("our own code, more where drafted", f"{costs.own_draft_ms:.2f}")
+    rest.add_row("spread of repeats", f"{costs.spread:.0%}{' (noisy)' if costs.noisy else ''}")
+    return [*found, rest]
 
 
 def evaluation_tables(report: EvaluateReport, found: Sequence[Comparison]) -> list[Table]:

@@ -1,4 +1,4 @@
-"""`fetch`, `export`, `build-engine` and `check`: artifacts made and proved."""
+"""`fetch`, `export`, `build-engine`, `calibrate` and `check`: artifacts made, measured, proved."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from drafter.errors import UsageError
 from pipeline.commands import options as o
-from pipeline.config import BuildOptions, RunOptions, options
+from pipeline.config import BuildOptions, RunOptions, default, options
 from pipeline.output import print_artifact, print_json, print_tables, print_text
 from pipeline.progress import note
 
@@ -172,16 +172,28 @@ def build_engine(
     backend: o.Backend = None,
     precision: o.Precision = None,
     threads: o.Threads = None,
+    tree: Annotated[
+        str | None,
+        o.option(
+            "--tree",
+            help="fixed, or adaptive: as large as pays on the machine it runs on.",
+            default=default(BuildOptions, "tree"),
+        ),
+    ] = None,
     depth: o.Depth = None,
     width: o.Width = None,
     budget: o.Budget = None,
     min_prob: o.MinProb = None,
     lookup: o.Lookup = None,
     min_level: o.MinLevel = None,
+    no_calibrate: Annotated[
+        bool, o.option("--no-calibrate", help="Do not measure what its passes cost here.")
+    ] = False,
     out: o.Out = None,
     as_json: o.Json = False,
 ) -> None:
-    """Build an engine from an export, self-check included. Prints the engine folder.
+    """Build an engine from an export, self-check included, and measure what its passes cost on this
+    machine. Prints the engine folder.
 
     The draft tree given here becomes the engine's default.
 
@@ -200,6 +212,8 @@ def build_engine(
         backend=backend,
         precision=precision,
         threads=threads,
+        tree=tree,
+        calibrate=not no_calibrate,
         depth=depth,
         width=width,
         budget=budget,
@@ -209,6 +223,30 @@ def build_engine(
     )
     report = build_stage(export or last_export(), chosen, out)
     print_artifact(report, as_json)
+
+
+def calibrate(
+    engine: o.EngineDir = None,
+    threads: o.Threads = None,
+    force: Annotated[bool, o.option("--force", help="Measure again what was measured.")] = False,
+    as_json: o.Json = False,
+) -> None:
+    """Measure what an engine's passes cost on this machine: what adaptive trees go by.
+
+    \b
+    Examples:
+      pipeline calibrate
+      pipeline calibrate --engine ./engine --force --json
+    """
+    from pipeline.stages import calibrate_stage
+    from pipeline.tables import cost_tables
+    from pipeline.workspace import last_engine
+
+    found = calibrate_stage(engine or last_engine(), threads, force)
+    if as_json:
+        print_json(found.model_dump(mode="json", by_alias=True))
+    else:
+        print_tables(*cost_tables(found))
 
 
 def check(

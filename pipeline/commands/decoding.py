@@ -13,7 +13,7 @@ from pipeline.config import (
     DecodeOptions,
     GenerateOptions,
     RunOptions,
-    TreeOptions,
+    ShapeOptions,
     default,
     options,
 )
@@ -21,8 +21,6 @@ from pipeline.output import check_writable, print_json, print_tables, print_text
 
 if TYPE_CHECKING:
     from pipeline.prompts import PromptSet
-    from runtime.generator import Generator
-    from runtime.tree import TreeConfig
 
 Prompt = Annotated[
     str | None, o.option("--prompt", help="The user's message; '-' reads it from standard input.")
@@ -71,6 +69,7 @@ def generate(
     no_speculation: Annotated[
         bool, o.option("--no-speculation", help="Plain decoding on the same engine.")
     ] = False,
+    tree: o.Tree = None,
     depth: o.Depth = None,
     width: o.Width = None,
     budget: o.Budget = None,
@@ -100,8 +99,9 @@ def generate(
         min_p=min_p,
         threads=threads,
     )
-    tree = options(
-        TreeOptions,
+    shape = options(
+        ShapeOptions,
+        tree=tree,
         depth=depth,
         width=width,
         budget=budget,
@@ -111,9 +111,12 @@ def generate(
     )
     asked = _prompt(prompt, system, raw)
     folder = engine or last_engine()
+    from pipeline.compare import shaped
+    from pipeline.progress import said_once
     from runtime.generator import Generator  # imports PyTorch: after the cheap mistakes
 
-    generator = Generator.load(folder, threads=decode.threads)
+    adaptive = shape.tree == "adaptive" and not no_speculation
+    generator = Generator.load(folder, decode.threads, said_once(), adaptive=adaptive)
     pieces = generator.stream(
         asked,
         max_tokens=decode.max_tokens,
@@ -124,7 +127,7 @@ def generate(
         min_p=decode.min_p,
         stop=stop or (),
         speculate=not no_speculation,
-        tree=_tree(generator, tree, decode.temperature),
+        tree=shaped(generator.tree(decode.temperature), shape.tree, shape),
         raw=raw,
     )
     for piece in pieces:
@@ -327,10 +330,3 @@ def _prompt(prompt: str | None, system: str | None, raw: bool) -> str | list[dic
 
 def _prompt_options(prompts: str | None) -> RunOptions:
     return options(RunOptions, **o.prompts(prompts))
-
-
-def _tree(generator: Generator, chosen: TreeOptions, temperature: float) -> TreeConfig:
-    """The engine's tree for this temperature with the values given on the command line."""
-    from dataclasses import replace
-
-    return replace(generator.tree(temperature), **chosen.chosen())

@@ -15,6 +15,7 @@ from pipeline.config import (
     CorpusOptions,
     DecodeOptions,
     RunOptions,
+    ShapeOptions,
     default,
 )
 
@@ -147,11 +148,19 @@ Temperatures = Annotated[
         default=default(DecodeOptions, "temperature"),
     ),
 ]
+Tree = Annotated[
+    str | None,
+    option(
+        "--tree",
+        help="`default`, the engine's, `chain`, or `adaptive`: as large as pays on this machine.",
+        default=default(ShapeOptions, "tree"),
+    ),
+]
 Trees = Annotated[
     list[str] | None,
     option(
         "--tree",
-        help="`default`, the engine's, or `chain`; may be given several times.",
+        help="`default`, the engine's, `chain`, or `adaptive`; may be given several times.",
         default=default(CompareOptions, "tree"),
     ),
 ]

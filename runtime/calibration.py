@@ -4,12 +4,13 @@ Every point of the grid (graph, cached context, new tokens) is one pass on made-
 rows: times do not depend on their values. Points are timed in turn, in a new order each time, so
 that a machine that slows down for a while is equally unkind to all; the least of the repeats
 counts. The repeats are split in two: where the least times of the halves differ by more than
-`SPREAD`, the machine is too busy, and it is measured again, at most `TRIES` times; what is left
-then is marked noisy.
+`SPREAD`, the machine is too busy, and it is measured again, at most `TRIES` times and not beyond
+`PATIENCE`; what is left then is marked noisy.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ STEP_SIZES = (1, 2, 3, 4, 6, 8)
 _HEAD_SLOTS = 8  # a pass of `extend` with one and with all of its states through the head
 SPREAD = 0.1
 TRIES = 3
+PATIENCE = 30.0  # seconds after which no further repeat begins
 _REPEATS = 6
 _OWN_TOKENS = 17
 _OWN_TREE = TreeConfig(depth=3, width=4, budget=8)
@@ -98,18 +100,7 @@ def measure_costs(engines: EngineSet, tell: Tell = lambda _what, _share: None) -
     `tell(what, share)` hears how far it is, and that the machine is busy where it is.
     """
     timings = {point: Timing(call) for point, call in _passes(engines).items()}
-    for timing in timings.values():
-        timing.call()  # memory and bindings are made here
-    rng = np.random.default_rng(0)
-    for attempt in range(TRIES):
-        words = "measuring passes" if not attempt else "the machine is busy: measuring again"
-        for repeat in range(_REPEATS):
-            tell(words, (attempt * _REPEATS + repeat) / (TRIES * _REPEATS))
-            for index in rng.permutation(len(timings)):
-                list(timings.values())[index].repeat()
-        spread = median(timing.spread for timing in timings.values())
-        if spread <= SPREAD:
-            break
+    spread = _time(list(timings.values()), tell)
     tell("measuring our own code", 0.95)
     plain, drafting = _own_seconds(engines)
     tell("measured", 1.0)
@@ -123,6 +114,23 @@ def measure_costs(engines: EngineSet, tell: Tell = lambda _what, _share: None) -
         spread=spread,
         noisy=spread > SPREAD,
     )
+
+
+def _time(timings: Sequence[Timing], tell: Tell) -> float:
+    """Repeat every pass until they agree, or patience ends; returns by how much they differ."""
+    for timing in timings:
+        timing.call()  # memory and bindings are made here
+    rng, end = np.random.default_rng(0), time.monotonic() + PATIENCE
+    for repeat in range(TRIES * _REPEATS):
+        words = "the machine is busy: measuring again" if repeat >= _REPEATS else "measuring passes"
+        tell(words, repeat / (TRIES * _REPEATS))
+        for index in rng.permutation(len(timings)):
+            timings[index].repeat()
+        spread = median(timing.spread for timing in timings) if repeat else math.inf
+        late = repeat > 0 and time.monotonic() > end
+        if late or ((repeat + 1) % _REPEATS == 0 and spread <= SPREAD):
+            break
+    return spread
 
 
 def _passes(engines: EngineSet) -> dict[Point, Pass]:

@@ -61,21 +61,27 @@ class Round:
 class _Pending:
     """Slots the drafter has still to be fed: taps [1, T, 3H] and the token after each of them.
 
-    They gather while rounds do without the drafter.
+    They gather while rounds do without the drafter. The first taps are the prompt's, which live
+    until the target's next pass.
     """
 
     def __init__(self, tokens: list[int], taps: Taps) -> None:
-        self.tokens, self._taps = tokens, [taps]
+        self.tokens, self._taps, self._borrowed = tokens, [taps], True
 
     def add(self, tokens: list[int], taps: Taps) -> None:
         """Append the slots of one round."""
         self.tokens = self.tokens + tokens
         self._taps.append(taps)
 
+    def keep(self) -> None:
+        """They are not taken before the target's next pass."""
+        if self._borrowed:
+            self._taps, self._borrowed = [taps.copy() for taps in self._taps], False
+
     def take(self) -> tuple[list[int], Taps]:
         """All of them; none are left."""
         tokens, parts = self.tokens, self._taps
-        self.tokens, self._taps = [], []
+        self.tokens, self._taps, self._borrowed = [], [], False
         return tokens, parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
 
@@ -207,6 +213,8 @@ def _draft(
     if fitted is None:
         return DraftTree.root_only(root)
     drafts, terms = policy.plan(fitted, target.length, len(pending.tokens))
+    if not drafts:
+        pending.keep()
     first = drafter.extend(*pending.take()) if drafts else None
     guess = lookup.guess(fitted.lookup) if lookup is not None else NO_GUESS
     drawing = None if request.sampling.greedy else Drawing(request.sampling, dice)

@@ -20,6 +20,7 @@ COMMANDS = (
     "export-drafter",
     "import-drafter",
     "build-engine",
+    "calibrate",
     "check",
     "generate",
     "evaluate",

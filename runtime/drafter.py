@@ -23,8 +23,9 @@ import numpy.typing as npt
 from drafter.config import DrafterConfig
 from engines.base import NEW_ROWS, Engine
 from runtime.cache import KeyValueCache
+from runtime.candidates import Proposals
 from runtime.target import Taps, attention_mask, int_row
-from runtime.tree import Frontier, Proposals
+from runtime.tree import Frontier
 
 
 class Drafter(Protocol):

@@ -14,18 +14,16 @@ on the tokens drawn, and each node remembers what it was drawn from.
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_left, insort
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from drafter.errors import CheckFailed, UsageError
-from runtime.draws import Drawing, Drawn, DrawnRow
+from drafter.errors import UsageError
+from runtime.candidates import GuessPath, Pool, Proposals, rows_of
+from runtime.draws import Drawing, Drawn
 from runtime.lookup import NO_GUESS, Guess
 from runtime.terms import FixedTerms, Terms
 
@@ -112,13 +110,6 @@ DEFAULT_TREE = TreeConfig()
 ADAPTIVE_TREE = TreeConfig(depth=8, width=6, budget=24, lookup=8, mode="adaptive")
 
 
-class Proposals(NamedTuple):
-    """What the drafter proposes after each of R nodes: K tokens, best first, with log-probs."""
-
-    tokens: list[list[int]]  # [R][K]
-    log_probs: list[list[float]]  # [R][K], normalised, <= 0 up to rounding
-
-
 class Frontier(NamedTuple):
     """Nodes of one level to feed to the drafter's `step`, in path-score order.
 
@@ -193,167 +184,6 @@ class DraftTree:
         return [self.path(node) for node in range(1, len(self)) if node not in inner]
 
 
-class _Row(Protocol):
-    """The children proposed for one node, best first. `raw`: what the drafter gave each of them,
-    before `Terms.chances`; None for a guess.
-    """
-
-    log_chances: list[float]
-    raw: list[float | None]
-
-    def take(self, rank: int) -> tuple[int, Drawn | None] | None:
-        """Token of a rank and what it was drawn from; asked for in order. None: nothing left."""
-        ...
-
-
-class _ListedRow:
-    """Children that are the drafter's best candidates, a guess among them."""
-
-    def __init__(
-        self,
-        tokens: list[int],
-        raw: list[float],
-        log_chances: list[float],
-        width: int,
-        guess: _Guessed,
-    ) -> None:
-        self.raw: list[float | None] = [*raw]
-        self._tokens, self.log_chances = tokens, log_chances
-        if guess is not None:
-            # An equal token keeps its better chance.
-            best = dict(zip(tokens, zip(log_chances, self.raw, strict=True), strict=True))
-            if guess[0] not in best or best[guess[0]][0] < guess[1]:
-                best[guess[0]] = (guess[1], None)
-            ranked = sorted(best.items(), key=lambda item: -item[1][0])[:width]
-            self._tokens = [token for token, _ in ranked]
-            self.log_chances = [chance for _, (chance, _) in ranked]
-            self.raw = [found for _, (_, found) in ranked]
-
-    def take(self, rank: int) -> tuple[int, Drawn | None]:
-        """See `_Row`."""
-        return self._tokens[rank], None
-
-
-class _Pool:
-    """All candidates of a round, in flat order.
-
-    `bar`: what a path score has to exceed to be worth keeping: what the terms ask of the first
-    place that no candidate pays for, or the score of the last one that pays, if that is less. Later
-    candidates that do not exceed it cannot enter the tree, nor can their children, so leaving them
-    out changes nothing but the time.
-    """
-
-    def __init__(self, config: TreeConfig, terms: Terms) -> None:
-        self.tokens: list[int] = []
-        self.parents: list[int] = []  # flat index, -1: the root
-        self.depths: list[int] = []
-        self.scores: list[float] = []
-        self.raw: list[float | None] = []
-        self.drawn: list[Drawn | None] = []
-        self._width, self._terms = config.width, terms
-        self._losses: list[float] = []  # scores with their sign turned, rising
-        self.bar = terms.floors[0]
-
-    def propose(self, parents: Sequence[int], rows: Sequence[_Row], depth: int) -> range:
-        """Append the children proposed for `parents`; returns the new flat indices."""
-        first, bar = len(self.tokens), self.bar
-        for parent, row in zip(parents, rows, strict=True):
-            base = self.scores[parent] if parent >= 0 else 0.0
-            for rank, log_chance in enumerate(row.log_chances):
-                # Rounding may lift a log-prob above 0; a child must never outscore its parent.
-                score = base + log_chance if log_chance < 0 else base
-                if score <= bar:
-                    break  # best first: the rest is not above the bar either
-                if (taken := row.take(rank)) is None:
-                    continue
-                self.tokens.append(taken[0])
-                self.drawn.append(taken[1])
-                self.parents.append(parent)
-                self.scores.append(score)
-                self.raw.append(row.raw[rank])
-                insort(self._losses, -score)
-        new = range(first, len(self.tokens))
-        self.depths += [depth] * len(new)
-        paying, floors = self._paying(), self._terms.floors
-        limits = [-self._losses[paying - 1]] if paying else []
-        self.bar = min(limits + list(floors[paying : paying + 1]))
-        return new
-
-    def frontier(self, level: range, fed: Container[int], depth: int) -> list[int]:
-        """The nodes of `level` worth expanding, best first; none where drafting is to end.
-
-        Only a child of a node that was `fed` can be: the drafter has no state of other parents.
-        """
-        open_ = [n for n in level if self.parents[n] in fed and self.scores[n] > self.bar]
-        best = self._best(open_, self._width)
-        if not best:
-            return []
-        scores = [self.scores[node] for node in best]
-        places = [bisect_left(self._losses, -score) for score in scores]
-        return best[: self._terms.expanded(depth, scores, places)]
-
-    def selected(self, root: int) -> DraftTree:
-        """The best candidates under the root, as many as pay for their place, in flat order."""
-        kept = sorted(self._best(range(len(self.tokens)), self._paying()))
-        node_of = {flat: node for node, flat in enumerate(kept, start=1)}
-        node_of[-1] = 0
-        return DraftTree(
-            tokens=[root] + [self.tokens[flat] for flat in kept],
-            parents=[-1] + [node_of[self.parents[flat]] for flat in kept],
-            depths=[0] + [self.depths[flat] for flat in kept],
-            scores=[0.0] + [self.scores[flat] for flat in kept],
-            drawn=[None] + [self.drawn[flat] for flat in kept],
-            raw=[None] + [self.raw[flat] for flat in kept],
-        )
-
-    def _paying(self) -> int:
-        """How many of the best candidates exceed what their place asks for, up to the first that
-        does not.
-        """
-        for place, (loss, floor) in enumerate(zip(self._losses, self._terms.floors, strict=False)):
-            if -loss <= floor:
-                return place
-        return min(len(self._losses), len(self._terms.floors))
-
-    def _best(self, candidates: Sequence[int], count: int) -> list[int]:
-        """The `count` best by score. Python's sort is stable, reversed too: ties keep order."""
-        return sorted(candidates, key=self.scores.__getitem__, reverse=True)[:count]
-
-
-_Guessed = tuple[int, float] | None  # a guessed child and its log-chance
-
-
-class _GuessPath:
-    """Lays a guessed path into the pool: its tokens join, or outrank, the drafter's proposals."""
-
-    def __init__(self, guess: Guess) -> None:
-        self._left = list(zip(*guess, strict=True))[::-1]
-        self._tip = -1  # flat index of the path's last node, -1: the root
-
-    def __bool__(self) -> bool:
-        """Whether there is a token left to propose."""
-        return bool(self._left)
-
-    def next(self) -> tuple[int, _Guessed]:
-        """The path's last node and the guessed child of it, if one is left."""
-        return self._tip, self._left[-1] if self._left else None
-
-    def depth(self, pool: _Pool) -> int:
-        """Depth of the path's last node."""
-        return pool.depths[self._tip] if self._tip >= 0 else 0
-
-    def follow(self, pool: _Pool, level: range) -> None:
-        """Move the tip to the token just proposed; the path ends where that was not kept."""
-        if not self._left:
-            return
-        token, _ = self._left.pop()
-        for node in level:
-            if pool.parents[node] == self._tip and pool.tokens[node] == token:
-                self._tip = node
-                return
-        self._left.clear()
-
-
 def grow(
     root: int,
     first: Proposals | None,
@@ -374,10 +204,10 @@ def grow(
     not a number.
     """
     terms = terms or config.terms(drawn=drawing is not None)
-    pool, path = _Pool(config, terms), _GuessPath(guess)
+    pool, path = Pool(config.width, terms), GuessPath(guess)
 
     def propose(parents: list[int], proposals: Proposals, depth: int) -> range:
-        rows = _rows(parents, proposals, path, config.width, drawing, terms, depth)
+        rows = rows_of(parents, proposals, path, config.width, drawing, terms, depth)
         new = pool.propose(*rows, depth)
         path.follow(pool, new)
         return new
@@ -405,37 +235,19 @@ def grow(
         level = propose(nodes, proposals, depth + 1)
     while path:
         propose([], Proposals([], []), path.depth(pool) + 1)
-    return pool.selected(root)
+    return _selected(pool, root)
 
 
-def _rows(
-    parents: list[int],
-    proposals: Proposals,
-    path: _GuessPath,
-    width: int,
-    drawing: Drawing | None,
-    terms: Terms,
-    depth: int,
-) -> tuple[list[int], list[_Row]]:
-    """One row of children for each of `parents`, the guess among them; as a row of its own when
-    the node it follows was not expanded.
-    """
-    tip, guess = path.next()
-    rows: list[_Row] = []
-    for parent, tokens, log_probs in zip(parents, *proposals, strict=True):
-        best = max(log_probs)
-        if math.isnan(sum(log_probs)) or best == math.inf:
-            raise CheckFailed(
-                "the drafter's log-probabilities hold a value that is not a number or infinite; "
-                "run `pipeline check` on this engine."
-            )
-        joins = guess if parent == tip else None
-        if drawing is None or best == -math.inf:  # a dead end has no law to draw from
-            raw = log_probs[:width]
-            rows.append(_ListedRow(tokens[:width], raw, terms.chances(depth, raw), width, joins))
-        else:
-            chances = partial(terms.chances, depth)
-            rows.append(DrawnRow(tokens, log_probs, width, drawing, joins, chances))
-    if guess is not None and tip not in parents:
-        return [*parents, tip], [*rows, _ListedRow([], [], [], 1, guess)]
-    return parents, rows
+def _selected(pool: Pool, root: int) -> DraftTree:
+    """The tree of the candidates that are kept, under the root."""
+    kept = pool.kept()
+    node_of = {flat: node for node, flat in enumerate(kept, start=1)}
+    node_of[-1] = 0
+    return DraftTree(
+        tokens=[root] + [pool.tokens[flat] for flat in kept],
+        parents=[-1] + [node_of[pool.parents[flat]] for flat in kept],
+        depths=[0] + [pool.depths[flat] for flat in kept],
+        scores=[0.0] + [pool.scores[flat] for flat in kept],
+        drawn=[None] + [pool.drawn[flat] for flat in kept],
+        raw=[None] + [pool.raw[flat] for flat in kept],
+    )

@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from runtime.candidates import Proposals
 from runtime.draws import Drawing, Drawn, DrawnRow, chances
 from runtime.lookup import NO_GUESS, Guess
 from runtime.sampling import Dice, Law, SamplingConfig, SeededDice, target_law
-from runtime.tree import Frontier, Proposals, TreeConfig, grow
+from runtime.tree import Frontier, TreeConfig, grow
 from runtime.verify import verify_sampling
 from tests.runtime.outcomes import law_of
 

@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drafter.errors import UsageError
+from runtime.candidates import Proposals
 from runtime.decode import Request, decode
 from runtime.lookup import NO_GUESS, PRIOR, Guess, SuffixLookup
 from runtime.sampling import GREEDY, SamplingConfig, SeededDice
 from runtime.stats import Tally
-from runtime.tree import Frontier, Proposals, TreeConfig, grow
+from runtime.tree import Frontier, TreeConfig, grow
 from tests.runtime.outcomes import law_of
 from tests.runtime.test_decode import MODELS, PROMPT, ModelKey, naive_greedy, run, tokens_of
 from tests.runtime.test_tree import ROOT, Oracle

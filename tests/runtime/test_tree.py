@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drafter.errors import CheckFailed, UsageError
-from runtime.tree import DEFAULT_TREE, DraftTree, Frontier, Proposals, TreeConfig, grow
+from runtime.candidates import Proposals
+from runtime.tree import DEFAULT_TREE, DraftTree, Frontier, TreeConfig, grow
 
 ROOT = 7
 TOP_K = 6

@@ -44,6 +44,10 @@ EngineDir = Annotated[
     Path | None, option("--engine", help="Engine folder.", default="the one built last")
 ]
 Json = Annotated[bool, option("--json", help="Print one JSON value on standard output.")]
+TraceFile = Annotated[
+    Path | None,
+    option("--trace", help="File for the spans of every round, for Perfetto or Chrome's viewer."),
+]
 Config = Annotated[
     Path | None, option("--config", help="JSON or TOML file with options; the command line wins.")
 ]

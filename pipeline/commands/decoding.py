@@ -12,7 +12,6 @@ from pipeline.config import (
     CompareOptions,
     DecodeOptions,
     GenerateOptions,
-    RunOptions,
     TreeOptions,
     default,
     options,
@@ -202,7 +201,7 @@ def evaluate(
         lookup=lookup,
         min_level=min_level,
     )
-    asked = [_prompt_options(text) for text in prompts] if prompts else [_prompt_options(None)]
+    asked = [o.prompt_options(text) for text in prompts] if prompts else [o.prompt_options(None)]
     if details is not None:
         check_writable(details)
     if trace is not None:
@@ -336,10 +335,6 @@ def _prompt(prompt: str | None, system: str | None, raw: bool) -> str | list[dic
     if raw:
         raise UsageError("--system needs the chat template, which --raw leaves out; drop one.")
     return [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
-
-
-def _prompt_options(prompts: str | None) -> RunOptions:
-    return options(RunOptions, **o.prompts(prompts))
 
 
 def _tree(generator: Generator, chosen: TreeOptions, temperature: float) -> TreeConfig:

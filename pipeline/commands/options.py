@@ -16,6 +16,7 @@ from pipeline.config import (
     DecodeOptions,
     RunOptions,
     default,
+    options,
 )
 
 
@@ -173,6 +174,11 @@ ShardMegabytes = Annotated[
 def offline(flag: bool) -> bool | None:
     """What `resolve_target` wants: None leaves it to SLIMSPEC_OFFLINE."""
     return True if flag else None
+
+
+def prompt_options(given: str | None) -> RunOptions:
+    """`--prompts` as options; None is the default set. Raises UsageError."""
+    return options(RunOptions, **prompts(given))
 
 
 def prompts(given: str | None) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """A bench as one HTML page that needs nothing else: style, plots and data are in it.
 
-Plots are drawn by `charts` into a Jinja template, which this project has already. A plotting library
-would be one more dependency, and its numbers would be outlines that no test can compare.
+Plots are drawn by `charts` into a Jinja template, which this project has already. A plotting
+library would be one more dependency, and its numbers outlines that no test can compare.
 """
 
 from __future__ import annotations

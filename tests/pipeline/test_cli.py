@@ -23,6 +23,7 @@ COMMANDS = (
     "check",
     "generate",
     "evaluate",
+    "bench",
     "serve",
     "doctor",
     "version",

@@ -78,10 +78,10 @@ def _event(pid: int, tid: int, span: Span) -> dict[str, Any]:
 
 
 class Track:
-    """Where the spans of one request after the other go; `sink` gets each when it ends."""
+    """Where the spans of one request after the other go; `keep` gets each when it ends."""
 
     def __init__(self, sink: Sink) -> None:
-        self._sink = sink
+        self.keep = sink
         self._began: float | None = None  # the first span of this pass
         self._drafted: float | None = None  # when this round's `extend` was done
         self._ran: float | None = None  # when the target's pass was done
@@ -98,13 +98,13 @@ class Track:
         self.add("detokenise", text_from, end, tokens=stats.emitted)
         assert self._began is not None  # the span just added, if no other
         args = {"emitted": stats.emitted, "accepted": stats.accepted, "nodes": stats.drafted}
-        self._sink(Span("prompt" if stats.prompt else "round", self._began, end, args))
+        self.keep(Span("prompt" if stats.prompt else "round", self._began, end, args))
         self._began = self._drafted = self._ran = None
 
     def add(self, name: str, start: float, end: float, **args: Any) -> None:
         """One span inside of a pass."""
         self._began = start if self._began is None else min(start, self._began)
-        self._sink(Span(name, start, end, args))
+        self.keep(Span(name, start, end, args))
 
     def extended(self, start: float, tokens: int) -> None:
         """The drafter was fed `tokens` new slots: what follows grows the tree."""

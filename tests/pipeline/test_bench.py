@@ -207,6 +207,21 @@ def cells(report: dict[str, Any]) -> Any:
     return enumerate(report["cells"])
 
 
+def test_the_last_engine_with_its_head_and_a_trace(
+    built_cache: Path, tmp_path: Path, prompt_file: Path
+) -> None:
+    trace = tmp_path / "trace.json"
+    asked = (f"--prompts={prompt_file}", "--max-tokens=3", "--repeats=1", "--threads=1")
+    result = run_command("bench", *asked, f"--out={tmp_path / 'out'}", f"--trace={trace}")
+    assert result.code == 0, result.err
+    assert str(tmp_path / "out" / "bench.html") in result.out
+    report = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert report["heads"][0]["times"]["own_ms"] > 0
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert len({event["pid"] for event in events}) == 2  # plain and speculative
+    assert {"round", "verify", "extend"} <= {event["name"] for event in events}
+
+
 class TestGoingOn:
     """The records of a whole bench are copied, changed, and gone on from."""
 

@@ -63,16 +63,18 @@ def own_contenders(engines: Sequence[EngineFacts], chosen: BenchOptions) -> list
     for one in engines:
         key = (one.target, one.manifest.backend)
         if key not in bases:
-            bases[key] = f"plain, {one.name}" if several else "plain"
-            plain.append(_own(one, bases[key], bases[key], "default", chosen))
+            bases[key] = f"plain decoding, {one.name}" if several else "plain decoding"
+            plain.append(_own(one, bases[key], bases[key], "default", chosen, speculate=False))
         for kind in chosen.tree:
             name = one.name if len(chosen.tree) == 1 else f"{one.name}, {kind}"
-            fast.append(_own(one, name, bases[key], kind, chosen))
+            fast.append(_own(one, name, bases[key], kind, chosen, speculate=True))
     return plain + fast
 
 
-def _own(one: EngineFacts, name: str, base: str, kind: str, chosen: BenchOptions) -> Contender:
-    manifest, speculate = one.manifest, name != base
+def _own(
+    one: EngineFacts, name: str, base: str, kind: str, chosen: BenchOptions, *, speculate: bool
+) -> Contender:
+    manifest = one.manifest
     trees = {"greedy": manifest.tree, "drawn": manifest.drawn_tree}
     options: dict[str, Any] = {
         key: asdict(shaped(TreeConfig.from_dict(tree), kind, chosen)) for key, tree in trees.items()
@@ -104,3 +106,15 @@ def peer_contenders(chosen: BenchOptions, base: str, target: TargetFolder) -> li
         )
         for name in chosen.peers
     ]
+
+
+def check_distinct(contenders: Sequence[Contender]) -> None:
+    """Raises UsageError where two ways would have one name."""
+    seen: set[str] = set()
+    for contender in contenders:
+        if contender.name in seen:
+            raise UsageError(
+                f"two ways to answer are called '{contender.name}'; give every engine, tree and "
+                "peer once, and engine folders names of their own."
+            )
+        seen.add(contender.name)

@@ -19,7 +19,13 @@ from drafter.sources.folder import TargetFolder
 from drafter.tokenizer import ChatTokenizer
 from pipeline.bench import own
 from pipeline.bench.contenders import Contender, Process
-from pipeline.bench.lineup import EngineFacts, own_contenders, peer_contenders, read_engines
+from pipeline.bench.lineup import (
+    EngineFacts,
+    check_distinct,
+    own_contenders,
+    peer_contenders,
+    read_engines,
+)
 from pipeline.bench.measure import measure
 from pipeline.bench.plan import Cell, cells_of, plan_digest, turns
 from pipeline.bench.records import Records
@@ -64,18 +70,25 @@ def run_bench(
     target: TargetFolder | None,
     out: Path,
     trace: Path | None = None,
+    *,
+    fresh: bool = False,
 ) -> Bench:
-    """Measure, or go on measuring, into `out`. Raises UsageError before any work for what does not
-    fit together, CheckFailed where one of our own engines fails.
+    """Measure into `out`, or go on unless all is to be measured anew (`fresh`).
+
+    Raises UsageError before any work for what does not fit together, CheckFailed where one of our
+    own engines fails.
     """
     engines = read_engines(folders)
     contenders = own_contenders(engines, chosen)
     if target is not None:
         contenders += peer_contenders(chosen, contenders[0].name, target)
+    check_distinct(contenders)
     tokenizer = ChatTokenizer.load(folders[0])
     encoded = [(prompts, _encoded(tokenizer, prompts, engines, chosen)) for prompts in sets]
     cells = cells_of(encoded, chosen.temperature, chosen.max_tokens, chosen.batch)
     digest = plan_digest(_facts(chosen, engines, contenders, cells))
+    if fresh:
+        (out / RECORDS).unlink(missing_ok=True)
     records = Records(out / RECORDS, digest)
     environment = {**machine(), "load_average": os.getloadavg(), "versions": versions()}
     environment["threads"] = chosen.threads or environment["cores"]

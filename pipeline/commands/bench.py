@@ -137,7 +137,7 @@ def _bench(
     as_json: bool,
 ) -> None:
     from pipeline.bench.page import write_page
-    from pipeline.bench.run import PAGE, RECORDS, REPORT, check_batches, run_bench
+    from pipeline.bench.run import PAGE, REPORT, check_batches, run_bench
     from pipeline.bench.summary import bench_report
     from pipeline.bench.tables import bench_tables
     from pipeline.progress import note
@@ -146,9 +146,7 @@ def _bench(
     for one in sets:
         for line in one.skipped:
             note(f"left out: {line}")
-    if fresh:
-        (out / RECORDS).unlink(missing_ok=True)
-    report = bench_report(run_bench(chosen, folders, sets, target, out, trace))
+    report = bench_report(run_bench(chosen, folders, sets, target, out, trace, fresh=fresh))
     write_json(out / REPORT, report.to_json())
     write_page(out / PAGE, report)
     if as_json:

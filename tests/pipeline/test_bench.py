@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ import pytest
 
 from drafter.errors import UsageError
 from pipeline.bench import own
-from pipeline.bench.contenders import Contender
+from pipeline.bench.contenders import Contender, ContenderFailed, Process
 from pipeline.bench.plan import Cell, cells_of, turns
 from pipeline.bench.records import Record, Records
 from pipeline.bench.report import BenchReport
 from pipeline.bench.results import row_report
-from pipeline.peers.protocol import Reply
+from pipeline.peers.protocol import Reply, Settings
 from pipeline.prompts import Prompt, PromptSet, read_prompts
 from tests.pipeline.command import Result, assert_refused, run_command
 
@@ -163,7 +164,7 @@ class TestWhole:
         result, _ = benched
         assert result.code == 0, result.err
         shown = [(c["temperature"], list(rows(result.json, p))) for p, c in cells(result.json)]
-        names = ["plain", "rescored/engine", "plain/engine", "transformers", "llama.cpp"]
+        names = ["plain decoding", "rescored/engine", "plain/engine", "transformers", "llama.cpp"]
         assert shown == [(0.0, names), (1.0, names)]
 
     def test_greedy_texts_are_those_of_plain_decoding(self, benched: tuple[Result, Path]) -> None:
@@ -186,7 +187,7 @@ class TestWhole:
 
     def test_memory_versions_and_engines_are_on_record(self, benched: tuple[Result, Path]) -> None:
         by_name = {c["name"]: c for c in benched[0].json["contenders"]}
-        assert by_name["plain"]["peak_rss_mb"] > 50
+        assert by_name["plain decoding"]["peak_rss_mb"] > 50
         assert by_name["transformers"]["version"].startswith("transformers ")
         assert len(by_name["rescored/engine"]["fingerprint"]) == 64
         assert benched[0].json["environment"]["threads"] == 1
@@ -195,7 +196,7 @@ class TestWhole:
         found = rows(benched[0].json)
         parts = found["rescored/engine"]["ms_per_round"]
         assert all(parts[name] > 0 for name in ("extend", "verify", "commit", "own"))
-        assert found["plain"]["ms_per_round"]["extend"] == 0
+        assert found["plain decoding"]["ms_per_round"]["extend"] == 0
 
     def test_the_file_holds_what_is_printed(self, benched: tuple[Result, Path]) -> None:
         result, out = benched
@@ -275,6 +276,28 @@ class TestGoingOn:
         assert result.code == 0, result.err
 
 
+def test_an_interpreter_without_this_project_can_be_asked(tmp_path: Path) -> None:
+    """The interpreter that this environment was made from has neither the project nor the peer."""
+    python = str(Path(sys.base_prefix) / "bin" / "python3")
+    process = Process("pipeline.peers.ort_genai", 1, tmp_path / "log", python)
+    try:
+        assert process.check() == ("not installed (pip install onnxruntime-genai)", None)
+        with pytest.raises(ContenderFailed, match="ModuleNotFoundError"):
+            process.load(Settings("", 1, [0], 8, {}))
+    finally:
+        process.close()
+
+
+def test_a_process_that_dies_is_a_sentence_that_names_its_log(tmp_path: Path) -> None:
+    process = Process("pipeline.peers.no_such_adapter", 1, tmp_path / "log")
+    try:
+        with pytest.raises(ContenderFailed, match=f"exit code 1; see {tmp_path / 'log'}"):
+            process.check()
+    finally:
+        process.close()
+    assert "no_such_adapter" in (tmp_path / "log").read_text()
+
+
 class TestBadInput:
     @pytest.mark.parametrize(
         ("arguments", "words"),
@@ -286,7 +309,7 @@ class TestBadInput:
             (["--peer-python=/bin/sh"], ("--peer-python", "--peers")),
             (["--peers", "--peer-python=/no/python"], ("/no/python", "no program")),
             (["--skip-bad-lines"], ("--skip-bad-lines", "--prompts FILE")),
-            (["--out=/proc/x"], ("/proc", "cannot be written")),
+            (["--out=/dev/null"], ("/dev/null", "cannot be written", "is not a folder")),
             (["--prompts=missing.jsonl", "--engine=x"], ("missing.jsonl", "cannot be read")),
         ],
     )
@@ -297,9 +320,16 @@ class TestBadInput:
 
     def test_a_batch_above_the_engines_maximum(self, built_cache: Path, tmp_path: Path) -> None:
         most = own.Peer.max_batch
-        asked = (f"--batch={most + 1}", "--prompts=1", f"--out={tmp_path}")
+        asked = (f"--batch={most + 1}", f"--out={tmp_path / 'out'}")
         result = run_command("bench", *asked, f"--prompts={lines_of(tmp_path, GOOD)}")
         assert_refused(result, 2, f"--batch {most + 1}", f"maximum, {most}")
+
+    def test_an_engine_given_twice(
+        self, three_engines: list[Path], cache: Path, prompt_file: Path, tmp_path: Path
+    ) -> None:
+        engines = [f"--engine={three_engines[0]}"] * 2
+        asked = (*engines, f"--prompts={prompt_file}", f"--out={tmp_path / 'out'}")
+        assert_refused(run_command("bench", *asked, "--max-tokens=3"), 2, "two ways", "'engine'")
 
     def test_a_set_smaller_than_a_batch(self) -> None:
         with pytest.raises(UsageError, match=r"--batch 3 .* a set has 2"):

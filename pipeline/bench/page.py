@@ -19,6 +19,7 @@ from pipeline.bench.words import cell_title, same_text
 from pipeline.output import write_text
 
 _PARTS = ("extend", "step", "verify", "commit", "own")
+_BY_KIND = {"plain": 6, "speculative": 0, "peer": 5}  # colours: grey, blue, light blue
 _PART_WORDS = ("draft: extend", "draft: steps", "verify", "commit", "our own code")
 
 
@@ -42,12 +43,13 @@ def page(report: BenchReport) -> str:
         loader=PackageLoader("pipeline.bench", ""), autoescape=True, undefined=StrictUndefined
     )
     cells = [(place, cell, cell_title(cell)) for place, cell in enumerate(report.cells)]
+    kinds = {contender.name: contender.kind for contender in report.contenders}
     return templates.get_template("page.html.jinja").render(
         report=report,
         data=data,
         cells=cells,
         contenders={contender.name: contender for contender in report.contenders},
-        sections=[_sections(data, place, cell) for place, cell in enumerate(report.cells)],
+        sections=[_sections(data, place, cell, kinds) for place, cell, _ in cells],
         batches=_batches(data, report.cells),
         heads=_heads(data, report),
         number=lambda key, digits=2, unit="": figure(data, key, digits, unit),
@@ -55,12 +57,12 @@ def page(report: BenchReport) -> str:
     )
 
 
-def _sections(data: Any, place: int, cell: CellReport) -> list[Section]:
+def _sections(data: Any, place: int, cell: CellReport, kinds: dict[str, str]) -> list[Section]:
     at = f"/cells/{place}/rows"
     measured = [(f"{at}/{n}", row) for n, row in enumerate(cell.rows) if row.tok_s is not None]
     drafting = [(key, row) for key, row in measured if row.tau is not None]
     return [
-        _speeds(data, measured),
+        _speeds(data, measured, kinds),
         _by_category(data, drafting),
         _acceptance(data, drafting),
         _rounds(data, measured),
@@ -71,9 +73,15 @@ def _sections(data: Any, place: int, cell: CellReport) -> list[Section]:
 Rows = Sequence[tuple[str, RowReport]]
 
 
-def _speeds(data: Any, rows: Rows) -> Section:
+def _speeds(data: Any, rows: Rows, kinds: dict[str, str]) -> Section:
     found = [
-        Bar(row.contender, (f"{key}/tok_s/value",), f"{key}/tok_s/low", f"{key}/tok_s/high")
+        Bar(
+            row.contender,
+            (f"{key}/tok_s/value",),
+            f"{key}/tok_s/low",
+            f"{key}/tok_s/high",
+            _BY_KIND[kinds[row.contender]],
+        )
         for key, row in rows
     ]
     text = "Tokens after the first a second; median over prompts with its 95 % interval."
@@ -152,6 +160,8 @@ def _batches(data: Any, cells: Sequence[CellReport]) -> list[Section]:
         groups.setdefault((cell.prompts, cell.temperature, cell.max_tokens), []).append(place)
     found = []
     for (prompts, temperature, length), places in groups.items():
+        if len({cells[place].batch for place in places}) < 2:
+            continue  # one batch is the plot of its cell
         rows = range(len(cells[places[0]].rows))
         series = [
             Line(

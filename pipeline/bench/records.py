@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from drafter.artifact import disk_full_as_error
+from drafter.disk import disk_full_as_error
 from drafter.errors import UsageError
 from pipeline.peers.protocol import Reply
 

@@ -16,9 +16,10 @@ import typer
 
 from drafter.errors import SlimSpecError
 from pipeline.commands import artifacts, corpora, decoding, machine, training, whole
+from pipeline.commands import bench as benchmark
 
 INTERRUPTED = 130
-_GO_ON = ("run", "fetch", "corpus", "train")  # where they were, when they are run again
+_GO_ON = ("run", "fetch", "corpus", "train", "bench")  # where they were, when they are run again
 
 app = typer.Typer(
     name="pipeline",
@@ -45,6 +46,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "check": artifacts.check,
     "generate": decoding.generate,
     "evaluate": decoding.evaluate,
+    "bench": benchmark.bench,
     "serve": decoding.serve,
     "doctor": machine.doctor,
     "version": machine.version,

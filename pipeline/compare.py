@@ -21,6 +21,7 @@ from pipeline.measure import Answer, Way, encode, measure
 from pipeline.progress import Tell, progress, said_once
 from pipeline.prompts import PromptSet
 from runtime.generator import Generator
+from runtime.trace import Trace
 from runtime.tree import ADAPTIVE_TREE, TreeConfig
 
 CHAIN, DEFAULT, ADAPTIVE = "chain", "default", "adaptive"  # default: the engine's own tree
@@ -74,6 +75,7 @@ def compare_all(
     decodes: Sequence[DecodeOptions],
     chosen: CompareOptions,
     state: Callable[[Sequence[Answer]], str] = lambda _: "",
+    trace: Trace | None = None,
 ) -> list[Comparison]:
     """Answer every set, decoded in each manner, with each engine's drafter in each tree.
 
@@ -85,6 +87,9 @@ def compare_all(
     generators = load_side_by_side(
         engine_dirs, chosen.threads, said_once(), adaptive=ADAPTIVE in chosen.tree
     )
+    if trace is not None:
+        for name, generator in zip(names(engine_dirs), generators, strict=True):
+            generator.track = trace.track(name)
     tasks = [
         (prompts, decode, ways_of(engine_dirs, generators, decode.temperature, chosen))
         for decode, prompts in product(decodes, sets)

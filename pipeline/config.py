@@ -89,6 +89,22 @@ class CompareOptions(TreeOptions):
     threads: int | None = Field(None, ge=1)
 
 
+class BenchOptions(TreeOptions):
+    """What `pipeline bench` measures: every combination of `temperature`, `max_tokens` and `batch`,
+    each answer `repeats` times. `peers`: names of `pipeline.peers.registry`.
+    """
+
+    tree: tuple[Literal["default", "chain"], ...] = Field(("default",), min_length=1)
+    temperature: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = (0.0,)
+    max_tokens: tuple[Annotated[int, Field(ge=1)], ...] = (128,)
+    batch: tuple[Annotated[int, Field(ge=1)], ...] = (1,)
+    repeats: int = Field(3, ge=1)
+    seed: int = Field(0, ge=0)
+    threads: int | None = Field(None, ge=1)
+    peers: tuple[str, ...] = ()
+    peer_python: str | None = None
+
+
 class RunOptions(BuildOptions, DecodeOptions):
     """What `pipeline run` needs. `prompts` counts those of `prompt_set`, by default MT-Bench, or a
     few of our own for a smoke run; `prompt_file` replaces them.

@@ -67,6 +67,11 @@ def write_lines(path: Path, values: Sequence[Any]) -> None:
     _write(path, "".join(lines))
 
 
+def write_text(path: Path, text: str) -> None:
+    """The same for text."""
+    _write(path, text)
+
+
 def _write(path: Path, text: str) -> None:
     device = path.exists() and not path.is_file()
     partial = path if device else path.with_name(f".{path.name}.partial")

@@ -43,7 +43,9 @@ def _mt_bench(rows: Rows) -> list[Prompt]:
     by_category: dict[str, list[Prompt]] = {}
     for row in rows:
         name = f"{row['category']}-{row['question_id']}"
-        by_category.setdefault(row["category"], []).append(Prompt(name, row["turns"][0]))
+        by_category.setdefault(row["category"], []).append(
+            Prompt(name, row["turns"][0], row["category"])
+        )
     longest = max(map(len, by_category.values()))
     groups = by_category.values()
     return [group[place] for place in range(longest) for group in groups if place < len(group)]

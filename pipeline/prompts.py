@@ -11,18 +11,22 @@ from drafter.errors import UsageError
 
 @dataclass(frozen=True)
 class Prompt:
-    """One user turn; `name` tells it from the others in reports and errors."""
+    """One user turn; `name` tells it from the others in reports and errors. `category`: what it is
+    grouped by, empty for none.
+    """
 
     name: str
     text: str
+    category: str = ""
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts and what to call them."""
+    """Prompts and what to call them; `skipped`: what was wrong with each line left out."""
 
     title: str
     prompts: tuple[Prompt, ...]
+    skipped: tuple[str, ...] = ()
 
 
 _OWN = (
@@ -44,25 +48,37 @@ def own_prompts(count: int) -> PromptSet:
     return PromptSet(f"{len(prompts)} of the project's own prompts", prompts)
 
 
-def read_prompts(path: Path, count: int | None = None) -> PromptSet:
-    """Prompts of a JSONL file, one `{"prompt": "..."}` a line; other keys are left alone.
+def read_prompts(path: Path, count: int | None = None, skip_bad: bool = False) -> PromptSet:
+    """Prompts of a JSONL file, one `{"prompt": "..."}` a line; a text under "category" is kept,
+    other keys are left alone.
 
-    Raises UsageError naming the line that does not fit.
+    Raises UsageError naming the line that does not fit; `skip_bad` leaves such lines out instead.
     """
     try:
         raw = path.read_bytes()
     except OSError as error:
         raise UsageError(f"the prompt file {path} cannot be read ({error.strerror}).") from None
-    prompts = []
+    prompts, skipped = [], []
     for number, line in enumerate(raw.split(b"\n"), 1):
-        if line.strip():
-            prompts.append(Prompt(f"line {number}", _text(line, f"{path}, line {number}")))
+        if not line.strip():
+            continue
+        try:
+            prompts.append(_prompt(line, number, f"{path}, line {number}"))
+        except UsageError as error:
+            if not skip_bad:
+                raise
+            skipped.append(str(error))
     if not prompts:
-        raise UsageError(f"the prompt file {path} has no prompts; at least one line is needed.")
-    return PromptSet(str(path), tuple(prompts[:count]))
+        but = (
+            f"; all of its {len(skipped)} lines are bad, the first: {skipped[0]}" if skipped else ""
+        )
+        raise UsageError(
+            f"the prompt file {path} has no prompts; at least one line is needed{but}."
+        )
+    return PromptSet(str(path), tuple(prompts[:count]), tuple(skipped))
 
 
-def _text(line: bytes, where: str) -> str:
+def _prompt(line: bytes, number: int, where: str) -> Prompt:
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -74,4 +90,5 @@ def _text(line: bytes, where: str) -> str:
         raise UsageError(f'{where}: no "prompt" with a text; {{"prompt": "..."}} is needed.')
     if not found.strip():
         raise UsageError(f"{where}: the prompt is empty.")
-    return found
+    category = row.get("category")
+    return Prompt(f"line {number}", found, category if isinstance(category, str) else "")

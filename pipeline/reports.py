@@ -13,7 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_serializer
 SCHEMA = 1
 
 
-class _Report(BaseModel):
+class Report(BaseModel):
+    """Base of all of them: unknown keys are refused, `schema` is the key of `schema_version`."""
+
     model_config = ConfigDict(extra="forbid", validate_by_name=True)
 
     def to_json(self) -> dict[str, Any]:
@@ -21,7 +23,7 @@ class _Report(BaseModel):
         return self.model_dump(mode="json", by_alias=True)
 
 
-class ArtifactReport(_Report):
+class ArtifactReport(Report):
     """What `fetch`, `corpus`, `train`, `export` and `build-engine` print."""
 
     kind: str
@@ -32,7 +34,7 @@ class ArtifactReport(_Report):
     details: dict[str, Any] = {}
 
 
-class ParityRow(_Report):
+class ParityRow(Report):
     """One tensor of one graph compared with the reference; the worst of all its cases."""
 
     graph: str
@@ -55,7 +57,7 @@ class CheckRow(ParityRow):
     against: str
 
 
-class ParityReport(_Report):
+class ParityReport(Report):
     """What `pipeline check --json` prints."""
 
     schema_version: int = Field(default=SCHEMA, alias="schema")
@@ -65,7 +67,7 @@ class ParityReport(_Report):
     parity: list[CheckRow]
 
 
-class DecodeReport(_Report):
+class DecodeReport(Report):
     """Plain and speculative decoding over a set of prompts, interleaved, on one engine."""
 
     prompts: int
@@ -79,7 +81,7 @@ class DecodeReport(_Report):
     overhead_ms_per_round: float
 
 
-class Interval(_Report):
+class Interval(Report):
     """A figure with its interval; null where nothing defines it."""
 
     value: float | None
@@ -87,7 +89,7 @@ class Interval(_Report):
     high: float | None
 
 
-class WayReport(_Report):
+class WayReport(Report):
     """One drafter in one tree. Ratios and the difference are to the first way, which has none."""
 
     name: str
@@ -110,7 +112,7 @@ class WayReport(_Report):
     overhead_ms_per_round: float
 
 
-class ComparisonReport(_Report):
+class ComparisonReport(Report):
     """One prompt set, decoded in one manner, in all ways."""
 
     prompts: str
@@ -132,7 +134,7 @@ class EvaluateReport(DecodeReport):
     comparisons: list[ComparisonReport]
 
 
-class HeadReport(_Report):
+class HeadReport(Report):
     """Time of a dense head and of the drafter's own for one tree level. `low_rank_ms` and `ratio`
     are None for a drafter with another head, `own_ms` and `own_ratio` are of any.
 
@@ -148,7 +150,7 @@ class HeadReport(_Report):
     head_bytes: int
 
 
-class RunReport(_Report):
+class RunReport(Report):
     """What `pipeline run --json FILE` writes."""
 
     schema_version: int = Field(default=SCHEMA, alias="schema")
@@ -160,7 +162,7 @@ class RunReport(_Report):
     peak_rss_mb: float
 
 
-class BackendState(_Report):
+class BackendState(Report):
     """Whether a backend works here; `detail` says with what, or what is missing."""
 
     name: str
@@ -168,7 +170,7 @@ class BackendState(_Report):
     detail: str
 
 
-class DoctorReport(_Report):
+class DoctorReport(Report):
     """What `pipeline doctor --json` prints."""
 
     schema_version: int = Field(default=SCHEMA, alias="schema")

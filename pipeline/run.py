@@ -135,10 +135,12 @@ def check_identical(
         )
 
 
-def choose_prompts(options: RunOptions, offline: bool | None = None) -> PromptSet:
+def choose_prompts(
+    options: RunOptions, offline: bool | None = None, skip_bad_lines: bool = False
+) -> PromptSet:
     """The prompts of a run: a file's, a set's, else our own few for a smoke run, else MT-Bench."""
     if options.prompt_file is not None:
-        return read_prompts(options.prompt_file)
+        return read_prompts(options.prompt_file, skip_bad=skip_bad_lines)
     if options.smoke:
         return own_prompts(min(options.prompts, _SMOKE_PROMPTS))
     return benchmark_prompts(options.prompt_set or "mt-bench", options.prompts, offline=offline)

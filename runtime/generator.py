@@ -31,6 +31,7 @@ from runtime.sampling import SamplingConfig, SeededDice
 from runtime.stats import Tally, Timings
 from runtime.target import EngineTarget, Target
 from runtime.text import TextStream, TokenBytes, check_stops
+from runtime.trace import Track
 from runtime.tree import DEFAULT_TREE, TreeConfig
 
 Messages = Sequence[Mapping[str, str]]
@@ -123,6 +124,7 @@ class Generator:
         self._target = target
         self._drafter = drafter
         self._busy = threading.Lock()
+        self.track: Track | None = None  # where spans of its requests go, if anywhere
 
     @classmethod
     def load(
@@ -298,13 +300,19 @@ class Generator:
         dice = SeededDice(request.sampling.seed)
         shown: list[str] = []
         token_ids: list[int] = []
+        target, track = self._target, self.track
         with self._claimed():
-            for passed in decode(self._target, drafter, request, dice, policy):
+            if track is not None:
+                target, drafter = track.watch(target, drafter)
+            for passed in decode(target, drafter, request, dice, policy):
                 start = time.perf_counter()
                 tokens, new, finish = _read(passed, text, request.stop_ids)
                 token_ids += tokens
                 shown.append(new)
-                tally.add(passed.stats.trimmed(len(tokens), time.perf_counter() - start))
+                stats = passed.stats.trimmed(len(tokens), time.perf_counter() - start)
+                tally.add(stats)
+                if track is not None:
+                    track.end_pass(stats, start)
                 if finish is not None:
                     break
                 yield Piece(new, tokens)

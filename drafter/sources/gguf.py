@@ -45,12 +45,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", attention_bias=True),
     "qwen3": Architecture("qwen3", "Qwen3ForCausalLM"),
 }
-_OUTER = {
+OUTER_NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
 }
-_INNER = {
+INNER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -220,10 +220,10 @@ def hf_name(gguf: GgufFile, name: str) -> str:
     """The Hugging Face name of a GGUF tensor. Raises UsageError for one that has none."""
     match = _NAME.fullmatch(name)
     layer, stem, suffix = match.groups() if match else (None, "", "")
-    if layer is None and stem in _OUTER:
-        return f"{_OUTER[stem]}.{suffix}"
-    if layer is not None and stem in _INNER:
-        return f"model.layers.{layer}.{_INNER[stem]}.{suffix}"
+    if layer is None and stem in OUTER_NAMES:
+        return f"{OUTER_NAMES[stem]}.{suffix}"
+    if layer is not None and stem in INNER_NAMES:
+        return f"model.layers.{layer}.{INNER_NAMES[stem]}.{suffix}"
     raise UsageError(
         f"{gguf.path}: tensor '{name}' is not known in architecture '{gguf.architecture_name}'"
     )

@@ -18,9 +18,11 @@ from pipeline.config import (
     options,
 )
 from pipeline.output import check_writable, print_json, print_tables, print_text, write_lines
+from pipeline.tracing import tracing
 
 if TYPE_CHECKING:
     from pipeline.prompts import PromptSet
+    from runtime.trace import Trace
 
 Prompt = Annotated[
     str | None, o.option("--prompt", help="The user's message; '-' reads it from standard input.")
@@ -77,6 +79,7 @@ def generate(
     lookup: o.Lookup = None,
     min_level: o.MinLevel = None,
     threads: o.Threads = None,
+    trace: o.TraceFile = None,
     as_json: o.Json = False,
 ) -> None:
     """Answer one prompt. The text streams to standard output.
@@ -110,30 +113,35 @@ def generate(
         min_level=min_level,
     )
     asked = _prompt(prompt, system, raw)
+    if trace is not None:
+        check_writable(trace)
     folder = engine or last_engine()
-    from pipeline.compare import shaped
-    from pipeline.progress import said_once
-    from runtime.generator import Generator  # imports PyTorch: after the cheap mistakes
+    with tracing(trace) as spans:
+        from pipeline.compare import shaped
+        from pipeline.progress import said_once
+        from runtime.generator import Generator  # imports PyTorch: after the cheap mistakes
 
-    adaptive = shape.tree == "adaptive" and not no_speculation
-    generator = Generator.load(folder, decode.threads, said_once(), adaptive=adaptive)
-    pieces = generator.stream(
-        asked,
-        max_tokens=decode.max_tokens,
-        temperature=decode.temperature,
-        seed=decode.seed,
-        top_k=decode.top_k,
-        top_p=decode.top_p,
-        min_p=decode.min_p,
-        stop=stop or (),
-        speculate=not no_speculation,
-        tree=shaped(generator.tree(decode.temperature), shape.tree, shape),
-        raw=raw,
-    )
-    for piece in pieces:
-        if not as_json:
-            sys.stdout.write(piece.text)
-            sys.stdout.flush()
+        adaptive = shape.tree == "adaptive" and not no_speculation
+        generator = Generator.load(folder, decode.threads, said_once(), adaptive=adaptive)
+        if spans is not None:
+            generator.track = spans.track(folder.name)
+        pieces = generator.stream(
+            asked,
+            max_tokens=decode.max_tokens,
+            temperature=decode.temperature,
+            seed=decode.seed,
+            top_k=decode.top_k,
+            top_p=decode.top_p,
+            min_p=decode.min_p,
+            stop=stop or (),
+            speculate=not no_speculation,
+            tree=shaped(generator.tree(decode.temperature), shape.tree, shape),
+            raw=raw,
+        )
+        for piece in pieces:
+            if not as_json:
+                sys.stdout.write(piece.text)
+                sys.stdout.flush()
     assert piece.completion is not None  # the last piece has it
     if as_json:
         print_json(piece.completion.to_json())
@@ -165,6 +173,7 @@ def evaluate(
     details: Annotated[
         Path | None, o.option("--details", help="JSONL file for the figures of every answer.")
     ] = None,
+    trace: o.TraceFile = None,
     offline: o.Offline = False,
     as_json: o.Json = False,
 ) -> None:
@@ -196,15 +205,18 @@ def evaluate(
         lookup=lookup,
         min_level=min_level,
     )
-    asked = [_prompt_options(text) for text in prompts] if prompts else [_prompt_options(None)]
+    asked = [o.prompt_options(text) for text in prompts] if prompts else [o.prompt_options(None)]
     if details is not None:
         check_writable(details)
+    if trace is not None:
+        check_writable(trace)
     from pipeline.run import choose_prompts
     from pipeline.workspace import last_engine
 
     folders = engine or [last_engine()]
     sets = [choose_prompts(one, o.offline(offline)) for one in asked]
-    _evaluate(folders, sets, decodes, chosen, details, as_json)
+    with tracing(trace) as spans:
+        _evaluate(folders, sets, decodes, chosen, details, as_json, spans)
 
 
 def _evaluate(
@@ -214,13 +226,14 @@ def _evaluate(
     chosen: CompareOptions,
     details: Path | None,
     as_json: bool,
+    trace: Trace | None,
 ) -> None:
     from pipeline import evaluate as reporting
     from pipeline.compare import compare_all
     from pipeline.run import check_identical, must_be_identical
     from pipeline.tables import evaluation_tables
 
-    found = compare_all(folders, sets, decodes, chosen, reporting.state)
+    found = compare_all(folders, sets, decodes, chosen, reporting.state, trace)
     known = reporting.environment(folders[0], chosen.threads)
     report = reporting.evaluate_report(found, known)
     if details is not None:

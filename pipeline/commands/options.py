@@ -17,6 +17,7 @@ from pipeline.config import (
     RunOptions,
     ShapeOptions,
     default,
+    options,
 )
 
 
@@ -45,6 +46,10 @@ EngineDir = Annotated[
     Path | None, option("--engine", help="Engine folder.", default="the one built last")
 ]
 Json = Annotated[bool, option("--json", help="Print one JSON value on standard output.")]
+TraceFile = Annotated[
+    Path | None,
+    option("--trace", help="File for the spans of every round, for Perfetto or Chrome's viewer."),
+]
 Config = Annotated[
     Path | None, option("--config", help="JSON or TOML file with options; the command line wins.")
 ]
@@ -178,6 +183,11 @@ ShardMegabytes = Annotated[
 def offline(flag: bool) -> bool | None:
     """What `resolve_target` wants: None leaves it to SLIMSPEC_OFFLINE."""
     return True if flag else None
+
+
+def prompt_options(given: str | None) -> RunOptions:
+    """`--prompts` as options; None is the default set. Raises UsageError."""
+    return options(RunOptions, **prompts(given))
 
 
 def prompts(given: str | None) -> dict[str, Any]:

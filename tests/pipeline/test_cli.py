@@ -24,6 +24,7 @@ COMMANDS = (
     "check",
     "generate",
     "evaluate",
+    "bench",
     "serve",
     "doctor",
     "version",

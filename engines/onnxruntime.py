@@ -222,7 +222,9 @@ def open_engine(path: Path, contract: GraphContract, threads: int) -> OnnxRuntim
 def open_with_float_activations(
     manifest: EngineManifest, graphs: Sequence[GraphName]
 ) -> dict[GraphName, Engine]:
-    """An int8 engine whose kernels do not round activations: for checking its weights exactly."""
+    """An engine of rounded weights whose kernels leave activations as they are: for checking its
+    weights exactly.
+    """
     import onnx_ir as ir
 
     found = contracts(manifest.target, manifest.drafter)

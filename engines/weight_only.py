@@ -92,7 +92,8 @@ def packed(steps: Bytes, form: Format) -> Bytes:
         return steps
     even = np.zeros((*steps.shape[:-1], -(-steps.shape[-1] // 2) * 2), dtype=np.uint8)
     even[..., : steps.shape[-1]] = steps
-    return even[..., 0::2] | (even[..., 1::2] << 4)
+    pairs: Bytes = even[..., 0::2] | (even[..., 1::2] << 4)
+    return pairs
 
 
 def node_inputs(weight: Floats, form: Format) -> dict[str, npt.NDArray[np.generic]]:

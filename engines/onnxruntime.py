@@ -65,6 +65,7 @@ class OnnxRuntimeEngine:
             if not s.name.startswith("past_")
         ]
         self._cached = [name for name in self.input_names if name.startswith("past_")]
+        self.allocations = 0  # output buffers made so far
         self._memory: dict[str, npt.NDArray[Any]] = {}  # flat; the new rows are one of them
         self._bindings: dict[tuple[int, ...], _Bound] = {}
         self._least = {"B": 1, "T": _RESERVED_STEPS, "R": _RESERVED_STEPS}
@@ -163,6 +164,7 @@ class OnnxRuntimeEngine:
         for buffer, (count, dtype) in needed.items():
             if buffer not in self._memory or self._memory[buffer].size < count:
                 self._memory[buffer] = np.empty(count, dtype=dtype)
+                self.allocations += 1
                 grown = True
         if grown:
             self._bindings.clear()

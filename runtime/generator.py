@@ -25,7 +25,7 @@ from drafter.tokenizer import ChatTokenizer
 from runtime.decode import FinishReason, Request, Round, check_request, decode
 from runtime.drafter import Drafter, EngineDrafter
 from runtime.sampling import SamplingConfig, SeededDice
-from runtime.stats import Tally, Timings
+from runtime.stats import NO_WORK, Tally, Timings, Work
 from runtime.target import EngineTarget, Target
 from runtime.text import TextStream, TokenBytes, check_stops
 from runtime.tree import DEFAULT_TREE, TreeConfig
@@ -69,6 +69,7 @@ class Completion:
     target_passes: int
     tok_s: float
     timings: Timings
+    work: Work = NO_WORK  # of the rounds
 
     @property
     def accepted_at(self) -> list[int]:
@@ -325,4 +326,5 @@ def _completion(
         target_passes=tally.target_passes,
         tok_s=len(token_ids) / tally.timings.total_s,
         timings=tally.timings,
+        work=tally.work,
     )

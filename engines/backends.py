@@ -41,13 +41,15 @@ Open = Callable[[EngineManifest, int, Sequence[GraphName]], dict[GraphName, Engi
 @dataclass(frozen=True)
 class Backend:
     """`build(export_folder, out, precision)` fills a folder;
-    `open(manifest, threads, graphs)` opens some graphs of it.
+    `open(manifest, threads, graphs)` opens some graphs of it. `recipe` counts the changes of what
+    `build` makes: an engine of another recipe is no longer up to date, though it still opens.
     """
 
     precisions: tuple[str, ...]
     package: str
     build: Build
     open: Open
+    recipe: int = 1
 
 
 def _build_onnxruntime(export_folder: Path, out: Path, precision: str) -> None:
@@ -84,7 +86,9 @@ def _open_torch(
 
 
 BACKENDS: dict[str, Backend] = {
-    "onnxruntime": Backend(tuple(PRECISIONS), "onnxruntime", _build_onnxruntime, _open_onnxruntime),
+    "onnxruntime": Backend(
+        tuple(PRECISIONS), "onnxruntime", _build_onnxruntime, _open_onnxruntime, recipe=2
+    ),
     "torch": Backend(("fp32",), "torch", _build_torch, _open_torch),
 }
 
@@ -112,7 +116,12 @@ def build_engines(
     tell("checking the export", 0.0)
     exported = read_artifact(export_folder, EXPORT_KIND, verify=True, mend=EXPORT_MEND)
     inputs = {"export": fingerprint(exported)}
-    arguments = {"backend": backend, "precision": precision, "contract": CONTRACT_VERSION}
+    arguments = {
+        "backend": backend,
+        "precision": precision,
+        "contract": CONTRACT_VERSION,
+        "recipe": chosen.recipe,
+    }
     data = engine_data(exported, backend, precision, tree or {})
     if _unchanged(out, chosen, inputs, arguments, data):
         tell("up to date", 1.0)

@@ -21,7 +21,8 @@ from pydantic import BaseModel, ConfigDict
 
 from drafter.config import DrafterConfig, TargetConfig
 from drafter.heads import head_products
-from drafter.heads.cost import HeadCost, Product, float32_bytes, forward_cost, int8_bytes
+from drafter.heads.cost import HeadCost, Product, float32_bytes, forward_cost
+from engines.formats import INT4, INT8, Format
 from export.contract import GRAPHS, GraphName
 
 KIND = "engine"
@@ -31,22 +32,24 @@ PREVIEW = ("head.up.weight",)  # the large factor of a low-rank head, as graphs 
 FACTORS = ("head.down.weight", "head.up.weight")
 
 
-class Int8(NamedTuple):
-    """Which graphs have int8 weights, and which weights of them: None for all."""
+class Precision(NamedTuple):
+    """Which graphs have rounded weights, which weights of them (None: all), and how."""
 
     graphs: tuple[GraphName, ...] = ()
     only: tuple[str, ...] | None = None
+    form: Format = INT8
 
 
 # The drafter alone may be int8: that changes how often a guess is right, never the text, which only
 # the target decides. Its head's preview alone, where a rescored head reads most of its weights,
 # changes hardly a guess; a plain low-rank head has both factors and nothing else.
-PRECISIONS: dict[str, Int8] = {
-    "fp32": Int8(),
-    "int8-preview": Int8(DRAFTER_GRAPHS, only=PREVIEW),
-    "int8-factors": Int8(DRAFTER_GRAPHS, only=FACTORS),
-    "int8-drafter": Int8(DRAFTER_GRAPHS),
-    "int8": Int8(GRAPHS),
+PRECISIONS: dict[str, Precision] = {
+    "fp32": Precision(),
+    "int8-preview": Precision(DRAFTER_GRAPHS, only=PREVIEW),
+    "int8-factors": Precision(DRAFTER_GRAPHS, only=FACTORS),
+    "int8-drafter": Precision(DRAFTER_GRAPHS),
+    "int8": Precision(GRAPHS),
+    "int4": Precision(GRAPHS, form=INT4),
 }
 
 
@@ -57,7 +60,9 @@ def head_cost(drafter: DrafterConfig, precision: str, states: int = 1) -> HeadCo
     def stored(product: Product) -> int:
         named = chosen.only is None or f"head.{product.name}" in chosen.only
         rounded = "drafter_step" in chosen.graphs and named and not product.gathered
-        return int8_bytes(product) if rounded else float32_bytes(product)
+        return (
+            chosen.form.bytes(product.rows, product.columns) if rounded else float32_bytes(product)
+        )
 
     return forward_cost(head_products(drafter), states, stored)
 

@@ -3,6 +3,9 @@
 Inputs are bound by address, so a prefix of a preallocated cache is read where it lies. Outputs
 are written into buffers that the engine owns and reuses, the new rows of all layers into one; a
 binding is kept for each set of sizes, since rebinding costs more than looking up.
+
+Bindings are the extension module's own objects: the public wrapper around them makes a device
+object for every call, which took five times as long as binding, for 64 inputs of a pass.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 import torch
+from onnxruntime.capi import onnxruntime_pybind11_state as native
 
 from drafter.config import DrafterConfig, TargetConfig
 from drafter.errors import UsageError
@@ -36,6 +40,8 @@ from export.files import check_metadata
 _ONNX_TYPES = {"float32": 1, "int64": 7, "bool": 9}  # onnx.TensorProto.DataType
 _FLOAT = _ONNX_TYPES["float32"]
 _KEPT_BINDINGS = 64
+_RESERVED_STEPS = 32  # outputs have room for a tree from the start; memory is taken when written
+_CPU = native.OrtDevice(native.OrtDevice.cpu(), native.OrtDevice.default_memory(), 0)
 # Idle threads spin this long, then sleep: enough to bridge the small operators of a run, too short
 # to take a core from the next session (three alternate) or from other processes.
 _SPIN_MICROSECONDS = "100"
@@ -59,8 +65,10 @@ class OnnxRuntimeEngine:
             if not s.name.startswith("past_")
         ]
         self._cached = [name for name in self.input_names if name.startswith("past_")]
+        self.allocations = 0  # output buffers made so far
         self._memory: dict[str, npt.NDArray[Any]] = {}  # flat; the new rows are one of them
         self._bindings: dict[tuple[int, ...], _Bound] = {}
+        self._least = {"B": 1, "T": _RESERVED_STEPS, "R": _RESERVED_STEPS}
         self._empty = torch.zeros(1)  # an address for tensors without elements
 
     def run(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -76,7 +84,7 @@ class OnnxRuntimeEngine:
                 self._refuse(feeds)
             else:
                 pointer = tensor.data_ptr() or self._empty.data_ptr()
-                bound.binding.bind_input(name, "cpu", 0, onnx_type, tensor.shape, pointer)
+                bound.binding.bind_input(name, _CPU, onnx_type, list(tensor.shape), pointer)
         self._execute(bound.binding, lambda: self._contract.check(feeds))
         return bound.tensors
 
@@ -89,11 +97,11 @@ class OnnxRuntimeEngine:
             array = feeds[name]
             if array.dtype != dtype or not array.flags.c_contiguous:
                 self._refuse(feeds_as_tensors(self, feeds, past))
-            bind(name, "cpu", 0, onnx_type, array.shape, array.__array_interface__["data"][0])
+            bind(name, _CPU, onnx_type, array.shape, array.__array_interface__["data"][0])
         address, stride = past.block.__array_interface__["data"][0], past.block.strides[0]
         shape = (1, past.length, past.block.shape[2])
         for name in self._cached:
-            bind(name, "cpu", 0, _FLOAT, shape, address)
+            bind(name, _CPU, _FLOAT, shape, address)
             address += stride
         self._execute(
             bound.binding, lambda: self._contract.check(feeds_as_tensors(self, feeds, past))
@@ -114,9 +122,9 @@ class OnnxRuntimeEngine:
                 f"float32 [{len(self._cached)}, at least {past.length}, KV]."
             )
 
-    def _execute(self, binding: ort.IOBinding, check: Callable[[], object]) -> None:
+    def _execute(self, binding: Any, check: Callable[[], object]) -> None:
         try:
-            self.session.run_with_iobinding(binding)
+            self.session._sess.run_with_iobinding(binding, None)
         except Exception as error:  # the session raises bare exceptions of several types
             check()  # names a feed of the wrong shape
             raise RuntimeError(f"graph '{self.name}' failed in ONNX Runtime: {error}") from error
@@ -134,7 +142,7 @@ class OnnxRuntimeEngine:
         found = self._bindings.get(key)
         if found is None:
             sizes = {"B": batch, "T": steps, "R": rows}
-            self._reserve(sizes)
+            self._reserve({name: max(size, self._least[name]) for name, size in sizes.items()})
             found = self._bindings[key] = self._bind(sizes)
         return found
 
@@ -156,17 +164,18 @@ class OnnxRuntimeEngine:
         for buffer, (count, dtype) in needed.items():
             if buffer not in self._memory or self._memory[buffer].size < count:
                 self._memory[buffer] = np.empty(count, dtype=dtype)
+                self.allocations += 1
                 grown = True
         if grown:
             self._bindings.clear()
 
     def _bind(self, sizes: Mapping[str, int]) -> _Bound:
-        bound = _Bound(self.session.io_binding(), {}, {})
+        bound = _Bound(native.SessionIOBinding(self.session._sess), {}, {})
         for spec, buffer, first, count in self._views(sizes):
             shape = spec.shape(sizes)
             array = self._memory[buffer][first : first + count].reshape(shape)
             pointer = self._memory[buffer][first:].__array_interface__["data"][0]
-            bound.binding.bind_output(spec.name, "cpu", 0, _ONNX_TYPES[spec.dtype], shape, pointer)
+            bound.binding.bind_output(spec.name, _CPU, _ONNX_TYPES[spec.dtype], shape, pointer)
             bound.tensors[spec.name] = torch.from_numpy(array)
             if buffer != NEW_ROWS:
                 bound.arrays[spec.name] = array
@@ -179,7 +188,7 @@ class OnnxRuntimeEngine:
 class _Bound(NamedTuple):
     """A binding whose outputs are bound, and those outputs for `run` and for `decode`."""
 
-    binding: ort.IOBinding
+    binding: Any  # native.SessionIOBinding
     tensors: dict[str, torch.Tensor]
     arrays: Arrays
 
@@ -222,7 +231,9 @@ def open_engine(path: Path, contract: GraphContract, threads: int) -> OnnxRuntim
 def open_with_float_activations(
     manifest: EngineManifest, graphs: Sequence[GraphName]
 ) -> dict[GraphName, Engine]:
-    """An int8 engine whose kernels do not round activations: for checking its weights exactly."""
+    """An engine of rounded weights whose kernels leave activations as they are: for checking its
+    weights exactly.
+    """
     import onnx_ir as ir
 
     found = contracts(manifest.target, manifest.drafter)

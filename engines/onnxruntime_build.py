@@ -1,7 +1,8 @@
 """Build engines for ONNX Runtime: optimise each graph once, off line, and share their weights.
 
-Optimisation stops at the "extended" level: it fuses nodes but lays nothing out for one particular
-processor.
+ONNX Runtime's own optimisation stops at the "extended" level: it fuses nodes but lays nothing out
+for one particular processor. Then come the passes of `engines`: heads grouped, products merged,
+weights rounded. Where what they do changes, raise the `recipe` of the backend (`engines.backends`).
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import onnxruntime as ort
 
 from drafter.errors import UsageError
 from engines.base import PRECISIONS
-from engines.int8 import quantise
+from engines.grouped_heads import group_heads
+from engines.merging import merge_products
 from engines.onnxruntime import open_session, session_options
+from engines.weight_only import quantise
 from export.contract import GRAPHS
 from export.files import WEIGHTS
 from export.onnx_files import WeightFile, save_graph
@@ -28,10 +31,14 @@ def build_graphs(export_folder: Path, out: Path, precision: str) -> None:
 
     Raises UsageError when a graph cannot be loaded, or has no matrix that the precision names.
     """
-    models = {graph: optimised(export_folder / f"{graph}.onnx", out) for graph in GRAPHS}
     chosen = PRECISIONS[precision]
+    models = {graph: optimised(export_folder / f"{graph}.onnx", out) for graph in GRAPHS}
+    for graph, model in models.items():
+        # Blocks of a rounded row must stay whole.
+        group_heads(model, whole=chosen.form.block if graph in chosen.graphs else 1)
+        merge_products(model)
     for graph in chosen.graphs:
-        if not quantise(models[graph], chosen.only):
+        if not quantise(models[graph], chosen.form, chosen.only):
             named = " and ".join(chosen.only or ("products",))
             raise UsageError(
                 f"precision '{precision}' rounds {named}, but graph '{graph}' of {export_folder} "

@@ -1,7 +1,7 @@
 """After every build: seeded inputs through the new engine and PyTorch; a wrong engine is refused.
 
-An int8 engine is checked twice: its weights and graphs with float activations, to the tolerances
-of fp32, and as it runs, against PyTorch that rounds activations as the kernel does.
+An engine of rounded weights is checked twice: its weights and graphs with float activations, to
+the tolerances of fp32, and as it runs, against PyTorch that rounds activations as the kernel does.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def comparands(
 ) -> Iterator[Comparand]:
     """The checks that an engine folder needs; `exported` are graphs to check beside it.
 
-    For int8 graphs the linear layers of `decoder` and `drafter` are replaced for good.
+    For rounded graphs the linear layers of `decoder` and `drafter` are replaced for good.
     """
     rounded = PRECISIONS[manifest.precision].graphs
     built = open_as_built()
@@ -64,21 +64,21 @@ def comparands(
     if rounded:
         modules: list[nn.Module] = [drafter, decoder] if "target" in rounded else [drafter]
         as_built = {graph: built[graph] for graph in rounded}
-        yield from _int8_comparands(manifest, as_built, modules, torch_engines(decoder, drafter))
+        yield from _rounded_comparands(manifest, as_built, modules, torch_engines(decoder, drafter))
 
 
-def _int8_comparands(
+def _rounded_comparands(
     manifest: EngineManifest, as_built: Engines, modules: list[nn.Module], reference: Engines
 ) -> Iterator[Comparand]:
-    from engines.int8_reference import replace_factors, replace_linears, round_activations
     from engines.onnxruntime import open_with_float_activations
+    from engines.weight_only_reference import replace_factors, replace_linears, round_activations
 
-    only = PRECISIONS[manifest.precision].only
+    chosen = PRECISIONS[manifest.precision]
     for module in modules:
-        if only is None:
-            replace_linears(module)
+        if chosen.only is None:
+            replace_linears(module, chosen.form)
         elif isinstance(module, Drafter) and isinstance(module.lm_head, LowRankHead):
-            replace_factors(module.lm_head, only)
+            replace_factors(module.lm_head, chosen.form, chosen.only)
         round_activations(module, False)
     unrounded = open_with_float_activations(manifest, tuple(as_built))
     yield Comparand(

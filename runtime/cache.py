@@ -33,6 +33,7 @@ class KeyValueCache:
         capacity: int = _FIRST_CAPACITY,
     ) -> None:
         self.length = 0
+        self.copies = 0  # blocks of rows written so far, growing and moving included
         self.max_length = max_length
         rows = max(1, min(capacity, max_length))
         self._block = np.zeros((2 * layers, rows, kv_size), dtype=np.float32)
@@ -60,6 +61,7 @@ class KeyValueCache:
             end = self.length + count
             self._block[:, self.length : end] = new_rows[:, first : first + count]
             self.length = end
+            self.copies += 1
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` rows only. Raises ValueError beyond what is there."""
@@ -78,6 +80,7 @@ class KeyValueCache:
         kept = self._block[:, first + count : self.length]
         self._block[:, first : self.length - count] = kept
         self.length -= count
+        self.copies += 1
 
     def _reserve(self, rows: int) -> None:
         if rows > self.max_length:
@@ -92,6 +95,7 @@ class KeyValueCache:
         grown = np.zeros((layers, capacity, size), dtype=np.float32)
         grown[:, : self.length] = self._block[:, : self.length]
         self._block = grown
+        self.copies += 1
 
 
 def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:

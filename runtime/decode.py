@@ -24,7 +24,7 @@ from runtime.draws import Drawing
 from runtime.lookup import NO_GUESS, SuffixLookup
 from runtime.policy import FixedPolicy, Policy, require_market
 from runtime.sampling import GREEDY, Dice, SamplingConfig, choose
-from runtime.stats import RoundStats
+from runtime.stats import RoundStats, Work
 from runtime.target import Taps, Target
 from runtime.tree import DEFAULT_TREE, DraftTree, TreeConfig, grow
 from runtime.verify import verify
@@ -238,7 +238,11 @@ class _Clock:
 
     def __init__(self, target: Target, drafter: Drafter | None) -> None:
         self._target, self._drafter = target, drafter
-        self._start = self._now()
+        self._start, self._asked = self._now(), self._work()
+
+    def _work(self) -> tuple[int, int, int]:
+        drafter = self._drafter
+        return self._target.fed, drafter.fed if drafter else 0, drafter.calls if drafter else 0
 
     def _now(self) -> tuple[float, float, float]:
         drafting = self._drafter.engine_seconds if self._drafter is not None else 0.0
@@ -246,4 +250,6 @@ class _Clock:
 
     def stats(self, emitted: int, accepted: int, drafted: int, prompt: bool = False) -> RoundStats:
         wall, draft, check = (a - b for a, b in zip(self._now(), self._start, strict=True))
-        return RoundStats(emitted, accepted, drafted, draft, check, wall - draft - check, prompt)
+        work = Work(*(a - b for a, b in zip(self._work(), self._asked, strict=True)))
+        own = wall - draft - check
+        return RoundStats(emitted, accepted, drafted, draft, check, own, prompt, work)

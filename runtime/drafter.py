@@ -34,6 +34,8 @@ class Drafter(Protocol):
     top_k: int  # the largest tree width
     candidates: int  # proposals that are wanted after each node, at most `top_k`
     engine_seconds: float  # time spent inside the engines so far
+    fed: int  # tokens fed so far
+    calls: int  # of extend and step so far
 
     @property
     def length(self) -> int:
@@ -87,6 +89,7 @@ class EngineDrafter:
     ) -> None:
         self.top_k = self.candidates = config.top_k
         self.engine_seconds = 0.0
+        self.fed = self.calls = 0
         self._extend = extend
         self._step = step
         self._slots = 0  # committed slots, forgotten ones included
@@ -148,6 +151,8 @@ class EngineDrafter:
         start = time.perf_counter()
         outputs = engine.decode(feeds, past)
         self.engine_seconds += time.perf_counter() - start
+        self.fed += feeds["input_ids"].shape[1]
+        self.calls += 1
         self._cache.commit(outputs[NEW_ROWS])
         self._state = outputs["state"]
         wanted = slice(self.candidates)  # Python numbers of all 64 take longer than the tree

@@ -28,7 +28,7 @@ from runtime.decode import FinishReason, Request, Round, check_request, decode
 from runtime.drafter import Drafter, EngineDrafter
 from runtime.policy import Market, Policy, require_market
 from runtime.sampling import SamplingConfig, SeededDice
-from runtime.stats import Tally, Timings
+from runtime.stats import NO_WORK, Tally, Timings, Work
 from runtime.target import EngineTarget, Target
 from runtime.text import TextStream, TokenBytes, check_stops
 from runtime.trace import Track
@@ -73,6 +73,7 @@ class Completion:
     target_passes: int
     tok_s: float
     timings: Timings
+    work: Work = NO_WORK  # of the rounds
 
     @property
     def accepted_at(self) -> list[int]:
@@ -366,4 +367,5 @@ def _completion(
         target_passes=tally.target_passes,
         tok_s=len(token_ids) / tally.timings.total_s,
         timings=tally.timings,
+        work=tally.work,
     )

@@ -12,6 +12,28 @@ from dataclasses import asdict, dataclass, field, replace
 
 
 @dataclass(frozen=True, slots=True)
+class Work:
+    """What was asked of the models: the same on every machine. `target_tokens`, `drafter_tokens`:
+    tokens fed; `drafter_calls`: of extend and step.
+    """
+
+    target_tokens: int = 0
+    drafter_tokens: int = 0
+    drafter_calls: int = 0
+
+    def __add__(self, other: Work) -> Work:
+        """The two together."""
+        return Work(
+            self.target_tokens + other.target_tokens,
+            self.drafter_tokens + other.drafter_tokens,
+            self.drafter_calls + other.drafter_calls,
+        )
+
+
+NO_WORK = Work()
+
+
+@dataclass(frozen=True, slots=True)
 class RoundStats:
     """One target pass. Seconds are split without overlap; their sum is the pass's wall time.
 
@@ -26,6 +48,7 @@ class RoundStats:
     verify_s: float
     overhead_s: float
     prompt: bool = False  # the prompt's pass: chunks through target and drafter, first token
+    work: Work = NO_WORK
 
     def trimmed(self, emitted: int, text_s: float) -> RoundStats:
         """The same pass when only `emitted` tokens count and its text took `text_s` more."""
@@ -71,6 +94,7 @@ class Tally:
     target_passes: int = 0
     round_tokens: int = 0
     timings: Timings = field(default_factory=Timings)
+    work: Work = NO_WORK  # of the rounds; the prompt's own tokens are not in it
     accepted_at: list[int] = field(default_factory=list)  # [d]: rounds that accepted depth d+1
 
     def add(self, stats: RoundStats) -> None:
@@ -84,6 +108,7 @@ class Tally:
             )
             return
         self.rounds += 1
+        self.work += stats.work
         self.round_tokens += stats.emitted
         self.timings = Timings(
             times.prefill_s,

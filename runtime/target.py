@@ -36,6 +36,7 @@ class Target(Protocol):
     vocab_size: int
     max_context: int
     engine_seconds: float  # time spent inside the engine so far
+    fed: int  # tokens fed so far
 
     @property
     def length(self) -> int:
@@ -66,6 +67,7 @@ class EngineTarget:
         self.vocab_size = config.vocab_size
         self.max_context = max_context
         self.engine_seconds = 0.0
+        self.fed = 0
         self._engine = engine
         self._cache = KeyValueCache(config.num_layers, config.kv_size, max_context)
         self._outputs: Arrays = {}
@@ -117,6 +119,7 @@ class EngineTarget:
         start = time.perf_counter()
         outputs = self._engine.decode(feeds, past)
         self.engine_seconds += time.perf_counter() - start
+        self.fed += len(tokens)
         return outputs
 
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-_BLOCK = 32  # weights of a row that share a scale (`engines.int8`)
-
 
 @dataclass(frozen=True)
 class Product:
@@ -42,13 +40,6 @@ class HeadCost:
 def float32_bytes(product: Product) -> int:
     """Bytes of its weights as an fp32 engine stores them."""
     return 4 * product.weights
-
-
-def int8_bytes(product: Product) -> int:
-    """Bytes of its weights as an int8 engine stores them: a row is padded to whole blocks, each of
-    which has a float scale.
-    """
-    return product.rows * -(-product.columns // _BLOCK) * (_BLOCK + 4)
 
 
 def forward_cost(

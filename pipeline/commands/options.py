@@ -74,7 +74,7 @@ Precision = Annotated[
     option(
         "--precision",
         help="Weights: fp32; int8-preview, int8-factors or int8-drafter (the text stays that of "
-        "fp32); int8.",
+        "fp32); int8 or int4 (the target too).",
         default=default(BuildOptions, "precision"),
     ),
 ]

@@ -13,7 +13,7 @@ from torch import nn
 from drafter.config import DrafterConfig, drafter_config_for
 from drafter.errors import UsageError
 from drafter.heads import HEADS, Head, build_head, head_products
-from drafter.heads.cost import HeadCost, Product, float32_bytes, forward_cost, int8_bytes
+from drafter.heads.cost import HeadCost, forward_cost
 from drafter.heads.low_rank import LowRankHead, activation_pca, initialise, rescored_top_k
 from drafter.heads.top_k import top_k_of_scores
 from drafter.heads.truncated import TruncatedHead
@@ -155,13 +155,6 @@ def test_rescored_rows_are_read_for_each_state_and_the_factors_once() -> None:
     assert forward_cost(head.products(), 1) == HeadCost(4 * (factors + rows), 2 * (factors + rows))
     four = forward_cost(head.products(), 4)
     assert four == HeadCost(4 * (factors + 4 * rows), 8 * (factors + rows))
-
-
-def test_a_row_in_int8_is_whole_blocks_each_with_a_scale() -> None:
-    """72 columns are three blocks of 32 bytes and 4 of scale: half as much again as 72."""
-    assert int8_bytes(Product("up.weight", 10, 72)) == 10 * 3 * 36
-    assert int8_bytes(Product("up.weight", 10, 64)) == 10 * 2 * 36
-    assert float32_bytes(Product("up.weight", 10, 72)) == 10 * 72 * 4
 
 
 @torch.no_grad()

@@ -114,12 +114,12 @@ def test_a_backend_that_builds_a_wrong_engine_leaves_nothing(
 ) -> None:
     def build_wrong(export: Path, out: Path, precision: str) -> None:
         build_graphs(export, out, precision)
-        scale_weight(out, "target", "layers.1.self_attn.v_proj.weight", 1.01)
+        scale_weight(out, "target", "layers.1.self_attn.v_proj+k_proj+q_proj.weight", 1.01)
 
     right = BACKENDS["onnxruntime"]
     wrong = Backend(("fp32",), right.package, build_wrong, right.open)
     monkeypatch.setitem(BACKENDS, "wrong", wrong)
-    with pytest.raises(CheckFailed, match=r"target, prefill, .*: new_value_1 is the first tensor"):
+    with pytest.raises(CheckFailed, match=r"target, prefill, .*: new_key_1 is the first tensor"):
         build_engines(source.export, tmp_path / "out", backend="wrong", threads=1)
     assert not list(tmp_path.iterdir())
 
@@ -133,7 +133,7 @@ def test_a_truncated_engine_is_refused_at_once(own_engine: Path) -> None:
 
 
 def test_a_tampered_engine_is_refused_when_hashes_are_compared(own_engine: Path) -> None:
-    scale_weight(own_engine, "target", "layers.0.mlp.up_proj.weight", 2.0)
+    scale_weight(own_engine, "target", "layers.0.mlp.gate_proj+up_proj.weight", 2.0)
     assert "weights.bin has sha256" in refused(own_engine, verify=True)
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from drafter.errors import UsageError
-from engines import Engine, EngineSet
+from engines import Engine, EngineSet, open_engines
 from engines.base import CachedRows, decode_by_run
 from engines.cases import Feeds, make_cases
+from engines.onnxruntime import OnnxRuntimeEngine
 from engines.torch_backend import TorchEngine, torch_engines
 from export.contract import TORCH_DTYPES, target_contract
 from tests.engines.conftest import Source
@@ -177,3 +179,13 @@ def test_decode_names_a_feed_of_the_wrong_size(source: Source, engines: EngineSe
     narrow = feeds | {"position_ids": feeds["position_ids"].astype(np.int32)}
     with pytest.raises(UsageError, match="position_ids"):
         engines.target.decode(narrow, CachedRows(block, 4))
+
+
+def test_outputs_of_a_tree_are_allocated_once_whatever_its_size(
+    source: Source, engine_dir: Path
+) -> None:
+    engine = open_engines(engine_dir, threads=1).target
+    assert isinstance(engine, OnnxRuntimeEngine)
+    for steps in (1, 17, 5, 1, 32):
+        engine.run(target_feeds(source, T=steps, R=steps))
+    assert engine.allocations == 3  # logits, taps, the new rows of all layers

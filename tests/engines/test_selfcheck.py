@@ -15,6 +15,8 @@ from export.contract import GRAPHS
 from tests.engines.conftest import Source
 from tests.engines.damage import scale_weight
 
+QKV = "v_proj+k_proj+q_proj"  # merged, in the order in which the graph makes them
+
 
 def check(source: Source, folder: Path) -> None:
     """Run the self-check on an engine folder as it lies there."""
@@ -32,12 +34,12 @@ def test_a_right_engine_passes(source: Source, kind: str, request: pytest.Fixtur
 @pytest.mark.parametrize(
     ("graph", "weight", "named"),
     [
-        ("target", "layers.0.self_attn.k_proj.weight", "target, prefill, batch 1.*: new_key_0"),
+        ("target", f"layers.0.self_attn.{QKV}.weight", "target, prefill, batch 1.*: new_key_0"),
         ("target", "layers.0.mlp.down_proj.weight", "target, .*: new_key_1"),
         ("target", "layers.2.mlp.down_proj.weight", "target, .*: logits"),
         ("target", "norm.weight", "target, .*: logits"),
         ("drafter_extend", "fc.weight", "drafter_extend, .*: state"),
-        ("drafter_extend", "mlp.gate_proj.weight", "drafter_extend, .*: state"),
+        ("drafter_extend", "mlp.gate_proj+up_proj.weight", "drafter_extend, .*: state"),
         ("drafter_extend", "head.up.weight", "drafter_extend, .*: log_sum_exp"),
     ],
 )
@@ -53,8 +55,8 @@ def test_a_wrong_weight_is_found_where_it_first_shows(
 @pytest.mark.parametrize(
     ("graph", "weight", "named"),
     [
-        ("target", "layers.1.self_attn.v_proj.weight.scales", "target, .*: new_value_1"),
-        ("drafter_step", "mlp.up_proj.weight.scales", "drafter_extend, .*: state"),
+        ("target", f"layers.1.self_attn.{QKV}.weight.scales", "target, .*: new_key_1"),
+        ("drafter_step", "mlp.gate_proj+up_proj.weight.scales", "drafter_extend, .*: state"),
     ],
 )
 def test_a_wrong_int8_weight_is_found_exactly(

@@ -88,11 +88,11 @@ def test_the_table_shows_the_worst_case_of_every_tensor(folders: Folders) -> Non
 
 
 def test_a_wrong_engine_is_reported_and_its_first_bad_tensor_named(folders: Folders) -> None:
-    scale_weight(folders.engine, "target", "layers.3.self_attn.v_proj.weight", 1.02)
+    scale_weight(folders.engine, "target", "layers.3.self_attn.v_proj+k_proj+q_proj.weight", 1.02)
     sign_again(folders.engine)
     report = folders.check()
     assert not report.ok
-    with pytest.raises(CheckFailed, match=r"engine: target, prefill, .*: new_value_3 is the first"):
+    with pytest.raises(CheckFailed, match=r"engine: target, prefill, .*: new_key_3 is the first"):
         report.raise_if_failed()
     bad = {(row["against"], row["tensor"]) for row in report.rows() if not row["ok"]}
     assert {against for against, _ in bad} == {"engine"}
@@ -118,7 +118,7 @@ def test_without_an_export_only_the_engine_is_compared(folders: Folders) -> None
 
 
 def test_a_tampered_engine_is_refused(folders: Folders) -> None:
-    scale_weight(folders.engine, "target", "layers.0.mlp.up_proj.weight", 2.0)
+    scale_weight(folders.engine, "target", "layers.0.mlp.gate_proj+up_proj.weight", 2.0)
     with pytest.raises(UsageError, match=r"weights\.bin has sha256 .* run `pipeline build-engine`"):
         folders.check()
 

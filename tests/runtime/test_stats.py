@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from runtime.stats import RoundStats, Tally
+from runtime.stats import RoundStats, Tally, Work
 
 
 def tally_of(*passes: RoundStats, depth: int = 3) -> Tally:
@@ -47,3 +47,9 @@ def test_a_request_without_rounds_has_figures_too() -> None:
     tally = tally_of(PROMPT)
     assert (tally.tau, tally.acceptance_by_depth) == (1.0, [0.0, 0.0, 0.0])
     assert tally_of(PROMPT, depth=0).acceptance_by_depth == []
+
+
+def test_work_is_summed_over_the_rounds_without_the_prompt() -> None:
+    prompt = RoundStats(1, 0, 0, 0, 0, 0, prompt=True, work=Work(100, 100, 1))
+    rounds = [RoundStats(2, 1, 8, 0, 0, 0, work=Work(9, 7, 3)) for _ in range(2)]
+    assert tally_of(prompt, *rounds).work == Work(18, 14, 6)

@@ -33,9 +33,21 @@ class Drafter(Protocol):
 
     top_k: int  # the largest tree width
     candidates: int  # proposals that are wanted after each node, at most `top_k`
-    engine_seconds: float  # time spent inside the engines so far
-    fed: int  # tokens fed so far
-    calls: int  # of extend and step so far
+
+    @property
+    def engine_seconds(self) -> float:
+        """Time spent inside the engines so far."""
+        ...
+
+    @property
+    def fed(self) -> int:
+        """Tokens fed so far."""
+        ...
+
+    @property
+    def calls(self) -> int:
+        """How often `extend` and `step` were called so far."""
+        ...
 
     @property
     def length(self) -> int:

@@ -35,8 +35,16 @@ class Target(Protocol):
 
     vocab_size: int
     max_context: int
-    engine_seconds: float  # time spent inside the engine so far
-    fed: int  # tokens fed so far
+
+    @property
+    def engine_seconds(self) -> float:
+        """Time spent inside the engine so far."""
+        ...
+
+    @property
+    def fed(self) -> int:
+        """Tokens fed so far."""
+        ...
 
     @property
     def length(self) -> int:

@@ -141,9 +141,10 @@ class _WatchedTarget:
         """See `Target`."""
         return self._target.engine_seconds
 
-    @engine_seconds.setter
-    def engine_seconds(self, seconds: float) -> None:
-        self._target.engine_seconds = seconds
+    @property
+    def fed(self) -> int:
+        """See `Target`."""
+        return self._target.fed
 
     @property
     def length(self) -> int:
@@ -190,9 +191,15 @@ class _WatchedDrafter:
         """See `Drafter`."""
         return self._drafter.engine_seconds
 
-    @engine_seconds.setter
-    def engine_seconds(self, seconds: float) -> None:
-        self._drafter.engine_seconds = seconds
+    @property
+    def fed(self) -> int:
+        """See `Drafter`."""
+        return self._drafter.fed
+
+    @property
+    def calls(self) -> int:
+        """See `Drafter`."""
+        return self._drafter.calls
 
     @property
     def candidates(self) -> int:

@@ -22,23 +22,26 @@ _SCORES = ("logits", "topk_logprobs", "log_sum_exp")
 @dataclass(frozen=True)
 class Tolerance:
     """`scores`: absolute; `states`: relative to the row's largest value; `agreement`: least share
-    of top-k ids that are equal or tied, two scores within `tie` being tied.
+    of top-k ids that are equal or tied, two scores within `tie` being tied. `by_id`: candidates are
+    compared with the reference's of the same id, wherever they stand in the list.
     """
 
     scores: float = 1e-3
     states: float = 1e-3
     agreement: float = 1.0
     tie: float = 1e-3
+    by_id: bool = False
 
 
 EXACT = Tolerance()
 # An int8 engine as it runs rounds activations. A float error of one part in ten million moves some
 # value across a rounding step; one layer (the drafter) hardly shows it, thirty layers amplify it. A
-# head that rescores may then preview one candidate instead of another, which moves places below.
+# head that rescores may preview one candidate instead of another, which moves all places below it:
+# so the drafter's candidates are compared by id.
 ROUNDED: dict[str, Tolerance] = {
     "target": Tolerance(scores=4.0, states=1.0, agreement=0.75, tie=1.0),
-    "drafter_extend": Tolerance(scores=0.5, states=0.02, agreement=0.85, tie=0.05),
-    "drafter_step": Tolerance(scores=0.5, states=0.02, agreement=0.85, tie=0.05),
+    "drafter_extend": Tolerance(scores=0.05, states=0.02, agreement=0.95, tie=0.05, by_id=True),
+    "drafter_step": Tolerance(scores=0.05, states=0.02, agreement=0.95, tie=0.05, by_id=True),
 }
 
 
@@ -71,6 +74,8 @@ def compare(
             continue  # judged together with topk_logprobs
         absolute, relative = errors(reference[name], found[name])
         agreement = _agreement(name, reference, found, tolerance.tie)
+        if name == "topk_logprobs" and tolerance.by_id:
+            absolute, agreement = errors_by_id(reference, found, absolute)
         close = absolute <= tolerance.scores if name in _SCORES else relative <= tolerance.states
         ok = close and (agreement is None or agreement >= tolerance.agreement)
         made.append(Comparison(contract.name, case, name, absolute, relative, agreement, ok))
@@ -98,6 +103,22 @@ def errors(reference: Tensor, found: Tensor) -> tuple[float, float]:
         difference, reference = difference[..., None], reference[..., None]
     scale = reference.double().abs().amax(dim=-1).clamp(min=1e-6)  # [B, rows]
     return float(difference.max()), float((difference.amax(dim=-1) / scale).max())
+
+
+def errors_by_id(
+    reference: Mapping[str, Tensor], found: Mapping[str, Tensor], in_place: float
+) -> tuple[float, float]:
+    """Largest error of the log-probabilities of ids that both list, and the share of the
+    reference's ids [..., K] that are found. `in_place`: the error place by place, returned where it
+    is infinite (other shapes, numbers that are not finite).
+    """
+    ids, found_ids = reference["topk_ids"], found["topk_ids"]
+    if in_place == float("inf") or ids.shape != found_ids.shape or ids.numel() == 0:
+        return in_place, float(ids.shape == found_ids.shape)
+    same = ids[..., :, None] == found_ids[..., None, :]  # [..., K, K found]
+    scores, found_scores = reference["topk_logprobs"], found["topk_logprobs"]
+    distances = (scores[..., :, None] - found_scores[..., None, :]).abs()  # [..., K, K found]
+    return float(torch.where(same, distances, 0).max()), float(same.any(dim=-1).float().mean())
 
 
 def _agreement(

@@ -9,7 +9,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engines.parity import EXACT, Tolerance, compare, computation_order, errors, id_agreement
+from engines.parity import (
+    EXACT,
+    Tolerance,
+    compare,
+    computation_order,
+    errors,
+    errors_by_id,
+    id_agreement,
+)
 from export.contract import drafter_contract, target_contract
 from tests.tiny_drafter import tiny_drafter, tiny_target
 
@@ -106,3 +114,30 @@ def test_noise_far_below_the_tolerance_never_matters(seed: int, noise: float) ->
         name: t + noise * torch.randn(t.shape, generator=generator) for name, t in expected.items()
     }
     assert all(c.ok for c in compare(CONTRACT, "case", expected, found, EXACT))
+
+
+def test_by_id_a_missing_candidate_costs_one_place_and_no_score() -> None:
+    reference = {
+        "topk_ids": torch.tensor([[[7, 3, 9, 4]]]),
+        "topk_logprobs": torch.tensor([[[-1.0, -2.0, -3.0, -4.0]]]),
+    }
+    found = {  # 3 was not previewed: all below moved up
+        "topk_ids": torch.tensor([[[7, 9, 4, 5]]]),
+        "topk_logprobs": torch.tensor([[[-1.01, -3.0, -4.0, -5.0]]]),
+    }
+    error, agreement = errors_by_id(reference, found, in_place=1.0)
+    assert error == pytest.approx(0.01)
+    assert agreement == 0.75
+
+
+def test_by_id_a_wrong_score_of_a_candidate_is_found_wherever_it_stands() -> None:
+    reference = {
+        "topk_ids": torch.tensor([[[7, 3, 9]]]),
+        "topk_logprobs": torch.tensor([[[-1.0, -2.0, -3.0]]]),
+    }
+    found = {
+        "topk_ids": torch.tensor([[[3, 7, 9]]]),
+        "topk_logprobs": torch.tensor([[[-0.5, -1.0, -3.0]]]),
+    }
+    assert errors_by_id(reference, found, in_place=1.0) == (1.5, 1.0)
+    assert errors_by_id(reference, found, in_place=math.inf)[0] == math.inf

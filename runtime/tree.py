@@ -15,7 +15,7 @@ on the tokens drawn, and each node remembers what it was drawn from.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Generator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -326,6 +326,26 @@ def grow(
     With `drawing` tokens are drawn, without it they are the drafter's best. Raises CheckFailed for
     a log-probability that is not a number.
     """
+    growth = growing(root, first, config, guess, drawing)
+    try:
+        frontier = next(growth)
+        while True:
+            frontier = growth.send(expand(frontier))
+    except StopIteration as grown:
+        tree: DraftTree = grown.value
+        return tree
+
+
+def growing(
+    root: int,
+    first: Proposals,
+    config: TreeConfig,
+    guess: Guess = NO_GUESS,
+    drawing: Drawing | None = None,
+) -> Generator[Frontier, Proposals, DraftTree]:
+    """`grow` from one drafter call to the next: yields a frontier, is sent the proposals after it,
+    returns the tree. So several trees can share their drafter calls.
+    """
     pool, path = _Pool(config, drawn=drawing is not None), _GuessPath(guess)
 
     def propose(parents: list[int], proposals: Proposals, depth: int) -> range:
@@ -348,7 +368,7 @@ def grow(
             ancestors=[seen[parent] for parent in parents],
             depth=depth,
         )
-        proposals = expand(frontier)
+        proposals = yield frontier
         place = {node: row for row, node in enumerate(nodes)}
         for row, node in enumerate(nodes, start=fed):
             seen[node] = (*seen[pool.parents[node]], row)

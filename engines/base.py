@@ -135,8 +135,8 @@ def feeds_as_tensors(
     """What `run` takes, from what `decode` takes; no copies."""
     tensors = {name: torch.from_numpy(array) for name, array in feeds.items()}
     cached = [name for name in engine.input_names if name.startswith("past_")]
-    for name, rows in zip(cached, past.block, strict=True):
-        rows = rows[:, : past.length] if rows.ndim == 3 else rows[None, : past.length]
+    for name, layer in zip(cached, past.block, strict=True):
+        rows = layer[:, : past.length] if layer.ndim == 3 else layer[None, : past.length]
         tensors[name] = torch.from_numpy(rows)  # [B, P, KV]
     return tensors
 

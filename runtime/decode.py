@@ -1,12 +1,9 @@
 """The decode loop: prompt in, rounds of tokens out. It knows no backend and no text.
 
 With a drafter a round drafts a tree, verifies it in one target pass and commits the accepted path;
-without one the tree is the root alone, which is plain decoding. Both follow the same law, and stop
-tokens and limits cut a round's block exactly where plain decoding would have ended: later tokens of
-the block are dropped.
+without one the tree is the root alone, which is plain decoding. Both follow the same law.
 
-Between rounds: the target has committed positions 0..n-1, the root x_n is chosen but not fed. The
-drafter lags behind: `_Pending` holds the tokens and taps it has not seen yet.
+What one request knows between rounds is its `Progress`.
 """
 
 from __future__ import annotations
@@ -14,33 +11,16 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
 
 from drafter.errors import UsageError
 from runtime.drafter import Drafter
-from runtime.draws import Drawing
-from runtime.lookup import NO_GUESS, SuffixLookup
-from runtime.sampling import GREEDY, Dice, SamplingConfig, choose
+from runtime.progress import FinishReason, Progress, Request
+from runtime.sampling import Dice
 from runtime.stats import RoundStats
-from runtime.target import Taps, Target
-from runtime.tree import DEFAULT_TREE, DraftTree, TreeConfig, grow
-from runtime.verify import verify
+from runtime.target import Target
+from runtime.tree import DraftTree, grown
 
-FinishReason = Literal["stop", "length"]
-
-PREFILL_CHUNK = 512  # prompt tokens per pass: bounds the mask and the activations of a long prompt
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What to decode. `stop_ids` end the output and are its last token."""
-
-    prompt: Sequence[int]
-    max_tokens: int
-    sampling: SamplingConfig = GREEDY
-    stop_ids: frozenset[int] = frozenset()
-    tree: TreeConfig = DEFAULT_TREE
-    prefill_chunk: int = PREFILL_CHUNK
+__all__ = ["FinishReason", "Request", "Round", "check_request", "decode", "prefill"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +33,6 @@ class Round:
     tokens: list[int]
     stats: RoundStats
     finish: FinishReason | None
-
-
-class _Pending(NamedTuple):
-    """Slots the drafter has still to be fed: taps [1, T, 3H] and the token after each of them."""
-
-    tokens: list[int]
-    taps: Taps
 
 
 def check_request(request: Request, target: Target, drafter: Drafter | None) -> None:
@@ -96,45 +69,32 @@ def decode(
     or closed. Raises UsageError for a request that cannot be decoded.
     """
     check_request(request, target, drafter)
-    limit = min(request.max_tokens, target.max_context - len(request.prompt))
     target.truncate(0)
     if drafter is not None:
         drafter.truncate(0)
         # A greedy tree reads the best few of each node, drawing the whole law.
         greedy = request.sampling.greedy
         drafter.candidates = request.tree.width if greedy else drafter.top_k
+    progress = Progress(request, dice, target.max_context, drafter is not None)
     start = 0
     while (stop := start + request.prefill_chunk) < len(request.prompt):
         clock = _Clock(target, drafter)
-        _prefill(target, drafter, request.prompt, start, stop)
+        prefill(target, drafter, request.prompt, start, stop)
         start = stop
         yield Round([], clock.stats(0, 0, 0, prompt=True), None)
     clock = _Clock(target, drafter)
-    root, pending = _first_token(target, request, start, dice)
-    lookup = None
-    if drafter is not None and request.tree.lookup:
-        lookup = SuffixLookup(request.sampling.temperature)
-    if lookup is not None:
-        lookup.add([*request.prompt, root])
-    block, finish = _cut([root], request.stop_ids, limit)
-    yield Round(block, clock.stats(len(block), 0, 0, prompt=True), finish)
-    emitted = 1
-    while finish is None:
+    block = progress.begin(start, target.prefill(request.prompt[start:]))
+    yield Round(block.tokens, clock.stats(len(block.tokens), 0, 0, prompt=True), block.finish)
+    while block.finish is None:
         clock = _Clock(target, drafter)
-        tree = _draft(target, drafter, pending, root, request, limit - emitted, lookup, dice)
-        verdict = verify(tree, target.verify(tree), request.sampling, dice)
-        taps = target.commit([0, *verdict.path])
-        block = [*(tree.tokens[node] for node in verdict.path), verdict.bonus]
-        root, pending = verdict.bonus, _Pending(block, taps)
-        if lookup is not None:
-            lookup.add(block)
-        block, finish = _cut(block, request.stop_ids, limit - emitted)
-        emitted += len(block)
-        accepted = min(len(verdict.path), len(block))
-        yield Round(block, clock.stats(len(block), accepted, len(tree) - 1), finish)
+        tree = _draft(target, drafter, progress)
+        verdict = progress.verify(tree, target.verify(tree))
+        block = progress.advance(tree, verdict, target.commit([0, *verdict.path]))
+        stats = clock.stats(len(block.tokens), block.accepted, len(tree) - 1)
+        yield Round(block.tokens, stats, block.finish)
 
 
-def _prefill(
+def prefill(
     target: Target, drafter: Drafter | None, prompt: Sequence[int], start: int, stop: int
 ) -> None:
     """Feed a chunk of the prompt that is not its last: a slot needs the token after its position,
@@ -145,49 +105,14 @@ def _prefill(
         drafter.extend(prompt[start + 1 : stop + 1], taps)
 
 
-def _first_token(target: Target, request: Request, start: int, dice: Dice) -> tuple[int, _Pending]:
-    """Feed the prompt's last chunk; returns the first token and the chunk's slots."""
-    logits, taps = target.prefill(request.prompt[start:])
-    root = choose(logits, request.sampling, dice)
-    return root, _Pending([*request.prompt[start + 1 :], root], taps)
-
-
-def _draft(
-    target: Target,
-    drafter: Drafter | None,
-    pending: _Pending,
-    root: int,
-    request: Request,
-    new_tokens: int,
-    lookup: SuffixLookup | None,
-    dice: Dice,
-) -> DraftTree:
-    """The tree of one round that may emit `new_tokens`, no larger than the context has room for.
-
-    Where nothing but the bonus token fits, the round is the request's last, so the slots that the
-    drafter then misses are never needed.
-    """
-    if drafter is None:
-        return DraftTree.root_only(root)
-    fitted = request.tree.fitted(new_tokens, rows=target.max_context - target.length - 1)
-    if fitted is None:
-        return DraftTree.root_only(root)
-    first = drafter.extend(pending.tokens, pending.taps)
-    guess = lookup.guess(fitted.lookup) if lookup is not None else NO_GUESS
-    drawing = None if request.sampling.greedy else Drawing(request.sampling, dice)
-    return grow(root, first, drafter.step, fitted, guess, drawing)
-
-
-def _cut(
-    block: list[int], stop_ids: frozenset[int], limit: int
-) -> tuple[list[int], FinishReason | None]:
-    """The part of a block that plain decoding would have emitted, and why it ends there."""
-    for index, token in enumerate(block[:limit]):
-        if token in stop_ids:
-            return block[: index + 1], "stop"
-    if len(block) >= limit:
-        return block[:limit], "length"
-    return block, None
+def _draft(target: Target, drafter: Drafter | None, progress: Progress) -> DraftTree:
+    """The tree of one round, no larger than the context has room for."""
+    fitted = progress.fitted(target.length)
+    if drafter is None or fitted is None or progress.pending is None:
+        return DraftTree.root_only(progress.root)
+    first = drafter.extend(*progress.pending)
+    progress.fed()
+    return grown(progress.growing(first, fitted), drafter.step)
 
 
 class _Clock:

@@ -170,6 +170,9 @@ class DraftTree:
         return [self.path(node) for node in range(1, len(self)) if node not in inner]
 
 
+Growth = Generator[Frontier, Proposals, DraftTree]  # a tree that is being drafted
+
+
 class _Row(Protocol):
     """The children proposed for one node, best first."""
 
@@ -326,13 +329,17 @@ def grow(
     With `drawing` tokens are drawn, without it they are the drafter's best. Raises CheckFailed for
     a log-probability that is not a number.
     """
-    growth = growing(root, first, config, guess, drawing)
+    return grown(growing(root, first, config, guess, drawing), expand)
+
+
+def grown(growth: Growth, expand: Expand) -> DraftTree:
+    """The tree that `growing` drafts, one drafter call after the other."""
     try:
         frontier = next(growth)
         while True:
             frontier = growth.send(expand(frontier))
-    except StopIteration as grown:
-        tree: DraftTree = grown.value
+    except StopIteration as end:
+        tree: DraftTree = end.value
         return tree
 
 
@@ -342,7 +349,7 @@ def growing(
     config: TreeConfig,
     guess: Guess = NO_GUESS,
     drawing: Drawing | None = None,
-) -> Generator[Frontier, Proposals, DraftTree]:
+) -> Growth:
     """`grow` from one drafter call to the next: yields a frontier, is sent the proposals after it,
     returns the tree. So several trees can share their drafter calls.
     """

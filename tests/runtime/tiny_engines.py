@@ -36,6 +36,7 @@ class Tiny(NamedTuple):
     drafter: EngineDrafter
     decoder: TargetDecoder
     engines: dict[str, TinyEngine]
+    drafter_config: DrafterConfig
 
 
 class TinyEngine:
@@ -120,6 +121,7 @@ def tiny(
         EngineDrafter(extend, step, drafter_config, max_context),
         decoder,
         engines,
+        drafter_config,
     )
 
 

@@ -19,7 +19,7 @@ from drafter.errors import UsageError
 from runtime.batch_budget import Budget, Player, Shape, shaped
 from runtime.batch_round import BatchRound, Outcome
 from runtime.decode import Round, check_request
-from runtime.member import Member, Models
+from runtime.member import Member, Models, most_rows
 from runtime.progress import Request
 from runtime.sampling import Dice
 from runtime.slots import Slots
@@ -56,7 +56,7 @@ class Batch:
         self.budget = budget or Budget()
         self.running: list[Member] = []
         self.last_batch = 0  # requests in the last round
-        self._models = models
+        self.models = models
         self._max_waiting = max_waiting
         self._max_rows = max_rows
         self._prefill_chunk = prefill_chunk
@@ -78,9 +78,10 @@ class Batch:
         gains = None
         if speculate:
             gains = self.budget.gains(request.tree, drawn=not request.sampling.greedy)
-        member = Member(request, dice, self._models, gains)
+        member = Member(request, dice, self.models, gains)
         check_request(request, member.target, member.drafter)
-        self._check_room(member)
+        self.check_memory(request)
+        self._check_waiting()
         self._waiting.append(member)
         return member
 
@@ -103,21 +104,25 @@ class Batch:
         outcomes = self._feed()
         self.last_batch = len(running)
         if running:
-            outcomes |= BatchRound(self._models, self.budget.costs).run(self._trees(running))
+            outcomes |= BatchRound(self.models, self.budget.costs).run(self._trees(running))
         for member, outcome in outcomes.items():
             failed = isinstance(outcome, Exception)
             if failed or member.progress.finish is not None:
                 self.remove(member, broken=failed)
         return outcomes
 
-    def _check_room(self, member: Member) -> None:
-        if self._max_rows is not None and member.rows > self._max_rows:
-            mib = self._models.row_bytes / 2**20
+    def check_memory(self, request: Request) -> None:
+        """Refuse a request that could never have its rows. Raises UsageError."""
+        rows = most_rows(request, self.models)
+        if self._max_rows is not None and rows > self._max_rows:
+            mib = self.models.row_bytes / 2**20
             raise UsageError(
-                f"the request may come to {member.rows} tokens, {member.rows * mib:.0f} MiB of "
+                f"the request may come to {rows} tokens, {rows * mib:.0f} MiB of "
                 f"cached rows, but all requests together have {self._max_rows * mib:.0f} MiB; "
                 "shorten the prompt or ask for fewer tokens."
             )
+
+    def _check_waiting(self) -> None:
         if self._max_waiting is not None and len(self._waiting) >= self._max_waiting + self._free:
             raise UsageError(
                 f"{self.max_batch} requests are being answered (max_batch) and "

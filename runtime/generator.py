@@ -3,7 +3,7 @@
 It joins an engine set, its tokenizer and the decode loop. A Generator serves one request at a time,
 because target and drafter hold one cache each: a second request before the first one's end is
 refused with UsageError, so a caller with several threads needs a queue. Closing a stream ends its
-request.
+request. `runtime.batch_generator` has one that decodes several streams together.
 
 `token_ids` hold every token that counts: the end-of-sequence or stop token that ended the output is
 their last (it has no text), and so is the token that completed a stop string (the text ends before
@@ -155,6 +155,11 @@ class Generator:
         return other
 
     @property
+    def max_streams(self) -> int:
+        """How many streams it can have open at a time."""
+        return 1
+
+    @property
     def max_context(self) -> int:
         """Most tokens that prompt and answer may have together."""
         return self._target.max_context
@@ -261,23 +266,14 @@ class Generator:
     def _pieces(
         self, request: Request, drafter: Drafter | None, text: TextStream
     ) -> Iterator[Piece]:
-        tally = Tally(depth=request.tree.depth if drafter is not None else 0)
-        dice = SeededDice(request.sampling.seed)
-        shown: list[str] = []
-        token_ids: list[int] = []
+        answer = Answer(request, drafter is not None, text)
         with self._claimed():
-            for passed in decode(self._target, drafter, request, dice):
-                start = time.perf_counter()
-                tokens, new, finish = _read(passed, text, request.stop_ids)
-                token_ids += tokens
-                shown.append(new)
-                tally.add(passed.stats.trimmed(len(tokens), time.perf_counter() - start))
-                if finish is not None:
+            for passed in decode(self._target, drafter, request, SeededDice(request.sampling.seed)):
+                piece = answer.piece(passed)
+                if piece.completion is not None:
                     break
-                yield Piece(new, tokens)
-            assert finish is not None  # decode ends only with a reason
-            done = _completion("".join(shown), token_ids, len(request.prompt), finish, tally)
-        yield Piece(new, tokens, done)
+                yield piece
+        yield piece
 
     @contextmanager
     def _claimed(self) -> Iterator[None]:
@@ -290,6 +286,29 @@ class Generator:
             yield
         finally:
             self._busy.release()
+
+
+class Answer:
+    """The text of one request, piece by piece, as its rounds come in; `drafts`: with a drafter."""
+
+    def __init__(self, request: Request, drafts: bool, text: TextStream) -> None:
+        self._request = request
+        self._text = text
+        self._tally = Tally(depth=request.tree.depth if drafts else 0)
+        self._shown: list[str] = []
+        self._token_ids: list[int] = []
+
+    def piece(self, passed: Round) -> Piece:
+        """What a pass adds; with the completion where the output ends."""
+        start = time.perf_counter()
+        tokens, new, finish = _read(passed, self._text, self._request.stop_ids)
+        self._token_ids += tokens
+        self._shown.append(new)
+        self._tally.add(passed.stats.trimmed(len(tokens), time.perf_counter() - start))
+        if finish is None:
+            return Piece(new, tokens)
+        text, prompt = "".join(self._shown), len(self._request.prompt)
+        return Piece(new, tokens, _completion(text, self._token_ids, prompt, finish, self._tally))
 
 
 def _read(

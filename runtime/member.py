@@ -54,6 +54,11 @@ class Models(NamedTuple):
         )
 
 
+def most_rows(request: Request, models: Models) -> int:
+    """The most cached rows that a request can come to need."""
+    return min(len(request.prompt) + request.max_tokens, models.max_context)
+
+
 class Member:
     """One request of a batch. `rows`: the most cached rows it can come to need."""
 
@@ -62,7 +67,7 @@ class Member:
         self.request = request
         self.gains = gains  # None: it decodes plainly
         self.progress = Progress(request, dice, context, drafts=gains is not None)
-        self.rows = min(len(request.prompt) + request.max_tokens, context)
+        self.rows = most_rows(request, models)
         self.fed = 0  # prompt tokens the target has seen
         target, drafter = models.caches(len(request.prompt))
         self.target = EngineTarget(models.target, models.target_config, context, target)

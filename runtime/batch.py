@@ -20,6 +20,7 @@ from runtime.batch_budget import Budget, Player, Shape, shaped
 from runtime.batch_round import BatchRound, Outcome
 from runtime.decode import Round, check_request
 from runtime.member import Member, Models, most_rows
+from runtime.prefixes import PrefixCache
 from runtime.progress import Request
 from runtime.sampling import Dice
 from runtime.slots import Slots
@@ -46,6 +47,7 @@ class Batch:
         max_rows: int | None = None,
         prefill_chunk: int = BATCH_PREFILL_CHUNK,
         budget: Budget | None = None,
+        prefixes: PrefixCache | None = None,
     ) -> None:
         if not 1 <= max_batch <= MAX_BATCH:
             raise UsageError(
@@ -54,6 +56,7 @@ class Batch:
             )
         self.max_batch = max_batch
         self.budget = budget or Budget()
+        self.prefixes = prefixes
         self.running: list[Member] = []
         self.last_batch = 0  # requests in the last round
         self.models = models
@@ -106,9 +109,13 @@ class Batch:
         if running:
             outcomes |= BatchRound(self.models, self.budget.costs).run(self._trees(running))
         for member, outcome in outcomes.items():
-            failed = isinstance(outcome, Exception)
-            if failed or member.progress.finish is not None:
-                self.remove(member, broken=failed)
+            if isinstance(outcome, Exception):
+                self.remove(member, broken=True)
+                continue
+            member.text += outcome.tokens
+            if member.progress.finish is not None:
+                self._keep(member)
+                self.remove(member)
         return outcomes
 
     def check_memory(self, request: Request) -> None:
@@ -149,8 +156,11 @@ class Batch:
         member = self._joining.popleft()
         self._joining.append(member)  # behind the others
         try:
+            if self.prefixes is not None and not member.fed:
+                member.resume(self.prefixes)
             block = member.feed(min(self._prefill_chunk, member.request.prefill_chunk))
             if block is not None and block.finish is None:
+                self._keep(member)
                 member.join(self._target, self._drafter)
         except Exception as error:
             return {member: error}
@@ -161,6 +171,11 @@ class Batch:
         self.running.append(member)
         stats = RoundStats(len(block.tokens), 0, 0, 0, seconds, 0, prompt=True)
         return {member: Round(block.tokens, stats, block.finish)}
+
+    def _keep(self, member: Member) -> None:
+        """Keep the rows of its text for prompts that begin alike."""
+        if self.prefixes is not None:
+            self.prefixes.keep(member.text, member.target, member.drafter)
 
     def _trees(self, running: list[Member]) -> dict[Member, TreeConfig | None]:
         """The tree that each running request may draft in this round."""

@@ -15,17 +15,17 @@ from typing import Any
 
 from drafter.tokenizer import ChatTokenizer
 from runtime.batch import Batch
+from runtime.batch_limits import default_batch, default_rows
 from runtime.batch_round import Outcome
 from runtime.decode import Request
 from runtime.drafter import Drafter, EngineDrafter
 from runtime.generator import Answer, Completion, Generator, Piece, Prompt, Tokenizer
 from runtime.member import Member, Models
+from runtime.prefixes import PrefixCache
 from runtime.sampling import SeededDice
 from runtime.target import EngineTarget
 from runtime.text import TextStream
 from runtime.tree import DEFAULT_TREE, TreeConfig
-
-DEFAULT_MAX_BATCH = 4
 
 
 class BatchGenerator(Generator):
@@ -42,6 +42,7 @@ class BatchGenerator(Generator):
     ) -> None:
         models = batch.models
         context, caches = models.max_context, models.caches(1)
+        self.batch = batch
         super().__init__(  # a target and a drafter to check requests against; they stay empty
             EngineTarget(models.target, models.target_config, context, caches[0]),
             EngineDrafter(
@@ -51,8 +52,8 @@ class BatchGenerator(Generator):
             eos_ids=eos_ids,
             tree=tree,
             drawn_tree=drawn_tree,
+            prefixes=batch.prefixes,
         )
-        self.batch = batch
         self._steps = 0
         self._inbox: dict[Member, deque[Outcome]] = {}
 
@@ -61,18 +62,22 @@ class BatchGenerator(Generator):
         cls,
         engine_dir: str | Path,
         threads: int | None = None,
-        max_batch: int = DEFAULT_MAX_BATCH,
-        **options: Any,
+        prefixes: PrefixCache | None = None,
+        max_batch: int | None = None,
+        max_rows: int | None = None,
     ) -> BatchGenerator:
-        """Open an engine folder; `options` are those of `Batch`. Raises UsageError or MissingError,
-        as `open_engines` does.
+        """Open an engine folder. `max_batch` and `max_rows` (see `Batch`) are by default what suits
+        the machine. Raises UsageError or MissingError, as `open_engines` does.
         """
         from engines import open_engines  # with the backends, which only this needs
 
         engines = open_engines(Path(engine_dir), threads=threads, verify=True)
+        models = Models.of(engines)
+        rows = default_rows(models) if max_rows is None else max_rows
+        size = default_batch(rows, threads) if max_batch is None else max_batch
         manifest = engines.manifest
         return cls(
-            Batch(Models.of(engines), max_batch, **options),
+            Batch(models, size, max_rows=rows, prefixes=prefixes),
             ChatTokenizer.load(manifest.folder),
             eos_ids=manifest.target.eos_token_ids,
             tree=TreeConfig.from_dict(manifest.tree),
@@ -116,6 +121,7 @@ class BatchGenerator(Generator):
                 outcome = inbox.popleft()
                 if isinstance(outcome, Exception):
                     raise outcome
+                answer.reused = member.reused
                 piece = answer.piece(outcome)
                 if piece.completion is not None:
                     break

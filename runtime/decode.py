@@ -61,22 +61,22 @@ def check_request(request: Request, target: Target, drafter: Drafter | None) -> 
 
 
 def decode(
-    target: Target, drafter: Drafter | None, request: Request, dice: Dice
+    target: Target, drafter: Drafter | None, request: Request, dice: Dice, start: int = 0
 ) -> Iterator[Round]:
     """Decode one request: first the prompt's passes, the last of them with the first token.
 
-    Target and drafter are emptied first and belong to this request until the iterator is exhausted
+    Target and drafter hold the first `start` tokens of the prompt (`runtime.prefixes`); what else
+    they hold is dropped. They belong to this request until the iterator is exhausted
     or closed. Raises UsageError for a request that cannot be decoded.
     """
     check_request(request, target, drafter)
-    target.truncate(0)
+    target.truncate(start)
     if drafter is not None:
-        drafter.truncate(0)
+        drafter.truncate(start)
         # A greedy tree reads the best few of each node, drawing the whole law.
         greedy = request.sampling.greedy
         drafter.candidates = request.tree.width if greedy else drafter.top_k
     progress = Progress(request, dice, target.max_context, drafter is not None)
-    start = 0
     while (stop := start + request.prefill_chunk) < len(request.prompt):
         clock = _Clock(target, drafter)
         prefill(target, drafter, request.prompt, start, stop)

@@ -18,12 +18,28 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from drafter.config import DrafterConfig
 from engines.base import NEW_ROWS, Arrays, Engine
 from runtime.cache import KeyValueCache
 from runtime.target import Feeds, Taps, attention_mask, int_row
 from runtime.tree import Frontier, Proposals
+
+
+class DrafterRows(NamedTuple):
+    """Cached rows [2, P, KV] of the first `slots` slots, without those forgotten after `sink`."""
+
+    rows: npt.NDArray[np.float32]
+    slots: int
+    sink: int
+
+    def first(self, slots: int) -> DrafterRows:
+        """Of fewer slots; where they end in what is forgotten, the sink is all that is left."""
+        kept = self.rows.shape[1] - (self.slots - slots)
+        whole = self.rows.shape[1] == self.slots
+        kept = kept if whole else max(kept, min(self.sink, slots))
+        return self._replace(rows=self.rows[:, :kept], slots=slots)
 
 
 class Drafter(Protocol):
@@ -51,6 +67,14 @@ class Drafter(Protocol):
 
     def truncate(self, length: int) -> None:
         """Forget all slots from `length` on."""
+        ...
+
+    def rows(self, most: int) -> DrafterRows:
+        """The rows of the first slots, at most `most`; no copy, valid until the next call."""
+        ...
+
+    def restore(self, rows: DrafterRows, slots: int) -> None:
+        """Begin with `slots` slots that were computed earlier; there must be none yet."""
         ...
 
 
@@ -165,6 +189,17 @@ class EngineDrafter:
             raise ValueError(f"the slots before {length} are forgotten; truncate to 0")
         self.cache.truncate(rows)
         self._slots, self._rows = length, rows
+
+    def rows(self, most: int) -> DrafterRows:
+        """See `Drafter`."""
+        block = self.cache.past().block[:, : self._rows]
+        held = DrafterRows(block, self._slots, self._window.sink)
+        return held.first(min(most, self._slots))
+
+    def restore(self, rows: DrafterRows, slots: int) -> None:
+        """See `Drafter`."""
+        self.cache.commit(rows.first(slots).rows)
+        self._slots, self._rows = slots, self.cache.length
 
     def _run(self, engine: Engine, feeds: Feeds) -> Arrays:
         past = self.cache.past()

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +24,7 @@ from drafter.errors import UsageError
 from drafter.tokenizer import ChatTokenizer
 from runtime.decode import FinishReason, Request, Round, check_request, decode
 from runtime.drafter import Drafter, EngineDrafter
+from runtime.prefixes import PrefixCache
 from runtime.sampling import SamplingConfig, SeededDice
 from runtime.stats import Tally, Timings
 from runtime.target import EngineTarget, Target
@@ -56,7 +57,7 @@ class Completion:
     """One finished request. `tau` and `acceptance_by_depth`: see `runtime.stats`.
 
     `tok_s` is all tokens over the whole time, the prompt's pass included. `target_passes` counts
-    the prompt as one.
+    the prompt as one. `reused_tokens`: how many of the prompt's were not computed again.
     """
 
     text: str
@@ -69,6 +70,7 @@ class Completion:
     target_passes: int
     tok_s: float
     timings: Timings
+    reused_tokens: int = 0
 
     @property
     def accepted_at(self) -> list[int]:
@@ -111,8 +113,10 @@ class Generator:
         eos_ids: Sequence[int] = (),
         tree: TreeConfig = DEFAULT_TREE,
         drawn_tree: TreeConfig | None = None,
+        prefixes: PrefixCache | None = None,
     ) -> None:
         self.tokenizer = tokenizer
+        self.prefixes = prefixes
         self._tree, self._drawn_tree = tree, drawn_tree or tree
         self.eos_ids = frozenset(tokenizer.eos_ids) | frozenset(eos_ids)
         self._target = target
@@ -120,8 +124,14 @@ class Generator:
         self._busy = threading.Lock()
 
     @classmethod
-    def load(cls, engine_dir: str | Path, threads: int | None = None) -> Generator:
-        """Open an engine folder. Raises UsageError or MissingError, as `open_engines` does."""
+    def load(
+        cls,
+        engine_dir: str | Path,
+        threads: int | None = None,
+        prefixes: PrefixCache | None = None,
+    ) -> Generator:
+        """Open an engine folder. With `prefixes` a prompt that begins like an earlier text is not
+        computed again. Raises UsageError or MissingError, as `open_engines` does."""
         from engines import open_engines  # with the backends, which only this needs
 
         engines = open_engines(Path(engine_dir), threads=threads, verify=True)
@@ -134,6 +144,7 @@ class Generator:
             eos_ids=manifest.target.eos_token_ids,
             tree=TreeConfig.from_dict(manifest.tree),
             drawn_tree=TreeConfig.from_dict(manifest.drawn_tree),
+            prefixes=prefixes,
         )
 
     def with_drafter(
@@ -267,12 +278,17 @@ class Generator:
         self, request: Request, drafter: Drafter | None, text: TextStream
     ) -> Iterator[Piece]:
         answer = Answer(request, drafter is not None, text)
+        dice, kept = SeededDice(request.sampling.seed), self.prefixes
         with self._claimed():
-            for passed in decode(self._target, drafter, request, SeededDice(request.sampling.seed)):
+            if kept is not None:
+                answer.reused = kept.resume(request.prompt, self._target, drafter)
+            for passed in decode(self._target, drafter, request, dice, answer.reused):
                 piece = answer.piece(passed)
                 if piece.completion is not None:
                     break
                 yield piece
+            if kept is not None:
+                kept.keep([*request.prompt, *answer.token_ids], self._target, drafter)
         yield piece
 
     @contextmanager
@@ -292,23 +308,26 @@ class Answer:
     """The text of one request, piece by piece, as its rounds come in; `drafts`: with a drafter."""
 
     def __init__(self, request: Request, drafts: bool, text: TextStream) -> None:
+        self.reused = 0  # prompt tokens whose rows were there already
         self._request = request
         self._text = text
         self._tally = Tally(depth=request.tree.depth if drafts else 0)
         self._shown: list[str] = []
-        self._token_ids: list[int] = []
+        self.token_ids: list[int] = []
 
     def piece(self, passed: Round) -> Piece:
         """What a pass adds; with the completion where the output ends."""
         start = time.perf_counter()
         tokens, new, finish = _read(passed, self._text, self._request.stop_ids)
-        self._token_ids += tokens
+        self.token_ids += tokens
         self._shown.append(new)
         self._tally.add(passed.stats.trimmed(len(tokens), time.perf_counter() - start))
         if finish is None:
             return Piece(new, tokens)
-        text, prompt = "".join(self._shown), len(self._request.prompt)
-        return Piece(new, tokens, _completion(text, self._token_ids, prompt, finish, self._tally))
+        done = _completion(
+            "".join(self._shown), self.token_ids, len(self._request.prompt), finish, self._tally
+        )
+        return Piece(new, tokens, replace(done, reused_tokens=self.reused))
 
 
 def _read(

@@ -12,6 +12,7 @@ from runtime.batch_budget import Gains
 from runtime.cache import KeyValueCache
 from runtime.decode import prefill
 from runtime.drafter import EngineDrafter
+from runtime.prefixes import PrefixCache
 from runtime.progress import Block, Pending, Progress, Request
 from runtime.sampling import Dice
 from runtime.slots import Slot, Slots
@@ -68,7 +69,8 @@ class Member:
         self.gains = gains  # None: it decodes plainly
         self.progress = Progress(request, dice, context, drafts=gains is not None)
         self.rows = most_rows(request, models)
-        self.fed = 0  # prompt tokens the target has seen
+        self.fed = self.reused = 0  # prompt tokens the target has seen, and whose rows were kept
+        self.text = list(request.prompt)  # and what was emitted
         target, drafter = models.caches(len(request.prompt))
         self.target = EngineTarget(models.target, models.target_config, context, target)
         self.drafter: EngineDrafter | None = None
@@ -89,6 +91,11 @@ class Member:
         """Its part of a target pass."""
         assert isinstance(self.target.cache, Slot)
         return Part(feeds, self.target.cache)
+
+    def resume(self, prefixes: PrefixCache) -> None:
+        """Begin with the rows of an earlier text, before anything is fed."""
+        self.reused = prefixes.resume(self.request.prompt, self.target, self.drafter)
+        self.fed = self.reused
 
     def feed(self, most: int) -> Block | None:
         """Feed the next `most` tokens of the prompt; after the last of them, the first token."""

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from drafter.config import TargetConfig
-from engines.base import NEW_ROWS, Arrays, Engine
+from engines.base import NEW_ROWS, Arrays, CachedRows, Engine
 from runtime.cache import KeyValueCache
 from runtime.tree import DraftTree
 
@@ -57,6 +57,14 @@ class Target(Protocol):
 
     def truncate(self, length: int) -> None:
         """Forget all positions from `length` on."""
+        ...
+
+    def rows(self) -> CachedRows:
+        """The committed rows, no copy; valid until the next one is committed."""
+        ...
+
+    def restore(self, rows: npt.NDArray[np.float32]) -> None:
+        """Commit rows [2L, P, KV] that were computed earlier, after the committed ones."""
         ...
 
 
@@ -117,6 +125,14 @@ class EngineTarget:
     def truncate(self, length: int) -> None:
         """See `Target`."""
         self.cache.truncate(length)
+
+    def rows(self) -> CachedRows:
+        """See `Target`."""
+        return self.cache.past()
+
+    def restore(self, rows: npt.NDArray[np.float32]) -> None:
+        """See `Target`."""
+        self.cache.commit(rows)
 
     def _feeds(
         self,

@@ -70,6 +70,16 @@ class Metrics:
             buckets=_TAU,
             registry=registry,
         )
+        self.prefix_hits = Counter(
+            "slimspec_prefix_hits",
+            "Finished requests whose prompt began like an earlier text",
+            registry=registry,
+        )
+        self.prefix_tokens = Counter(
+            "slimspec_prefix_tokens",
+            "Their prompt tokens that were not computed again",
+            registry=registry,
+        )
         self._add_latencies()
         waiting = Gauge("slimspec_queue_depth", "Requests waiting", registry=registry)
         waiting.set_function(lambda: worker.depth)
@@ -151,6 +161,8 @@ class RequestRecord:
         else:
             accepted = completion.accepted_at
             metrics.tau.observe(completion.tau)
+            metrics.prefix_hits.inc(completion.reused_tokens > 0)
+            metrics.prefix_tokens.inc(completion.reused_tokens)
         for depth, count in enumerate(accepted, start=1):
             metrics.accepted.labels(depth).inc(count)
 

@@ -9,6 +9,7 @@ member wrote are zeros or old finite rows: never NaN, which would pass through a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 
@@ -80,7 +81,8 @@ class Slots:
             last.bind()
         longest = max((member.length for member in self.members), default=0)
         if 2 * (longest + BUCKET) < self.capacity:
-            self.resize(longest)
+            with suppress(MemoryError):  # the old block serves as well, only slower
+                self.resize(longest)
 
     def together(self, slots: Sequence[Slot]) -> tuple[CachedRows, int]:
         """The rows of all slots from the first to the last of `slots`, and the first one's place.

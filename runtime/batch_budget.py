@@ -26,6 +26,10 @@ from runtime.tree import DraftTree, TreeConfig
 Kind = Literal["verify", "extend", "step", "own"]
 
 _OWN_RATE, _POOL_RATE = 1 / 8, 1 / 64  # how fast a request, and all of them, forget
+_PRIOR = 4  # rounds that what is assumed before the first one is worth
+# Speculation must look better than plain decoding by this factor: the best of many uncertain
+# estimates is too high on the whole, and being wrong must not make a batch slower than plain.
+_MARGIN = 1.05
 PROBE_EVERY = 64  # rounds after which the largest shape is tried again: what rests is not learnt
 _FIRST, _LATER = 0.5, 0.04  # before anything was seen: chance of a level, gain of one node more
 
@@ -104,13 +108,17 @@ class Gains:
             shared = pool.table[:depth, :nodes]
             self.table[: shared.shape[0], : shared.shape[1]] = shared
         self._pool = pool
+        self._seen = 0
 
     def observe(self, tree: DraftTree, path: Sequence[int], shape: Shape) -> None:
         """Learn from a verified tree that was drafted with room for `shape`."""
         depth, nodes = shape
         seen = accepted_by_shape(tree, path, depth, nodes)
-        for gains, rate in ((self, _OWN_RATE), (self._pool, _POOL_RATE)):
+        for gains, least in ((self, _OWN_RATE), (self._pool, _POOL_RATE)):
             if gains is not None:
+                # A request's table begins as that of all, whose own first rounds count fully.
+                rate = least if gains is self else max(least, 1 / (_PRIOR + gains._seen))
+                gains._seen += 1
                 part = gains.table[:depth, :nodes]
                 part += rate * (seen[: part.shape[0], : part.shape[1]] - part)
                 for axis in (0, 1):  # a larger shape never gains less
@@ -174,7 +182,7 @@ class Budget:
     def _rate(
         self, shape: Shape, free: Sequence[Player], batch: int, drafting: int, fixed: Shape
     ) -> float:
-        """Tokens per second of the batch."""
+        """Tokens per second of the batch, those of speculation divided by the margin."""
         tokens = float(batch)
         if shape.nodes:
             for player in free:
@@ -189,7 +197,7 @@ class Budget:
             wide = max(player.tree.width for player in free)
             seconds += self.costs.seconds("extend", drafting, 2)
             seconds += (depth - 1) * self.costs.seconds("step", drafting, min(nodes, wide))
-        return tokens / max(seconds, 1e-9)
+        return tokens / max(seconds, 1e-9) / (_MARGIN if shape.nodes else 1.0)
 
 
 def _largest(trees: Sequence[TreeConfig]) -> Shape:

@@ -150,6 +150,13 @@ class TestChoice:
         assert sizes == sorted(sizes, reverse=True)
         assert sizes[0] > sizes[-1]
 
+    def test_a_gain_within_the_error_of_the_estimate_is_left(self) -> None:
+        gains = Gains(1, 1)
+        for gain, nodes in ((0.03, 0), (0.10, 1)):
+            gains.table[:] = gain
+            player = Player(gains, TreeConfig(1, 1, 1))
+            assert Budget(Table(0.0, 0.0)).choose([player], 1).nodes == nodes
+
     def test_plain_decoding_is_left_now_and_then(self) -> None:
         budget = Budget(Table(5.0))
         players = [Player(budget.gains(TREE, drawn=False), TREE)]

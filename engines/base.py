@@ -2,9 +2,9 @@
 three.
 
 Inputs and outputs are named and typed by `export.contract`. `run` takes and gives PyTorch CPU
-tensors, contiguous, any batch: checks use it. `decode` is the hot path, one sequence and numpy
-alone: after a target pass the processor's caches hold nothing but weights, and every PyTorch
-operator called then costs a tenth of a millisecond.
+tensors, contiguous, any batch: checks use it. `decode` is the hot path, numpy alone: after a target
+pass the processor's caches hold nothing but weights, and every PyTorch operator called then costs
+a tenth of a millisecond.
 """
 
 from __future__ import annotations
@@ -93,11 +93,20 @@ NEW_ROWS = "new_rows"
 
 class CachedRows(NamedTuple):
     """The cached rows of one sequence: `block` [2L, capacity, KV] in the contract's order (key and
-    value of layer 0, then of layer 1, ...), of each the first `length` rows.
+    value of layer 0, then of layer 1, ...), of each the first `length` rows. Of B > 1 sequences:
+    `block` [2L, B, length, KV], all rows of it; the mask says which of them a sequence has.
+
+    The rows of one layer are contiguous in memory; the layers may lie apart.
     """
 
     block: npt.NDArray[np.float32]
     length: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """[B, P, KV]: what a graph reads of one layer."""
+        batch = self.block.shape[1] if self.block.ndim == 4 else 1
+        return batch, self.length, self.block.shape[-1]
 
 
 class Engine(Protocol):
@@ -116,10 +125,11 @@ class Engine(Protocol):
         ...
 
     def decode(self, feeds: Mapping[str, npt.NDArray[Any]], past: CachedRows) -> Arrays:
-        """`run` for one sequence: `feeds` holds the inputs that are not cached rows.
+        """`run` on cached rows as they lie: `feeds` holds the other inputs.
 
         The outputs come as arrays; the new rows of all layers are one of them, `new_rows`
-        [2L, T, KV], ordered like `past.block`. Validity as for `run`.
+        [2L, T, KV], of several sequences [2L, B, T, KV], ordered like `past.block`. Validity as
+        for `run`.
         """
         ...
 
@@ -130,8 +140,9 @@ def feeds_as_tensors(
     """What `run` takes, from what `decode` takes; no copies."""
     tensors = {name: torch.from_numpy(array) for name, array in feeds.items()}
     cached = [name for name in engine.input_names if name.startswith("past_")]
-    for name, rows in zip(cached, past.block, strict=True):
-        tensors[name] = torch.from_numpy(rows[None, : past.length])  # [1, P, KV]
+    for name, layer in zip(cached, past.block, strict=True):
+        rows = layer[:, : past.length] if layer.ndim == 3 else layer[None, : past.length]
+        tensors[name] = torch.from_numpy(rows)  # [B, P, KV]
     return tensors
 
 
@@ -141,8 +152,8 @@ def decode_by_run(
     """The readable form of `Engine.decode`, for a backend without one of its own."""
     made = engine.run(feeds_as_tensors(engine, feeds, past))
     outputs = {name: tensor.numpy() for name, tensor in made.items()}
-    new = [outputs.pop(name)[0] for name in engine.output_names if name.startswith("new_")]
-    return {**outputs, NEW_ROWS: np.stack(new)}
+    new = np.stack([outputs.pop(n) for n in engine.output_names if n.startswith("new_")])
+    return {**outputs, NEW_ROWS: new if past.shape[0] > 1 else new[:, 0]}
 
 
 class EngineManifest(BaseModel):

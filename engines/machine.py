@@ -14,6 +14,11 @@ from typing import Any
 
 _SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
+_MEMORY = Path("/proc/meminfo")
+_MEMORY_LIMIT, _MEMORY_USED = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory.current"),
+)
 
 
 def physical_cores() -> int:
@@ -68,6 +73,22 @@ def _model_and_flags() -> tuple[str, list[str]]:
     flags = set(fields.get("flags", fields.get("Features", "")).split())
     model = fields.get("model name") or platform.machine()
     return model, [flag for flag in _FLAGS if flag in flags]
+
+
+def available_bytes() -> int:
+    """Memory that this process can still get: free on the machine, and within its cgroup's limit.
+
+    All of the machine's where that is not told.
+    """
+    left = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with suppress(OSError, ValueError, StopIteration):
+        lines = _MEMORY.read_text(encoding="ascii").splitlines()
+        found = next(line for line in lines if line.startswith("MemAvailable:"))
+        left = min(left, int(found.split()[1]) * 1024)
+    with suppress(OSError, ValueError):  # no limit reads "max"
+        limit = int(_MEMORY_LIMIT.read_text(encoding="ascii"))
+        left = min(left, limit - int(_MEMORY_USED.read_text(encoding="ascii")))
+    return max(0, left)
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ class OnnxRuntimeEngine:
                 self._refuse(feeds_as_tensors(self, feeds, past))
             bind(name, _CPU, onnx_type, array.shape, array.__array_interface__["data"][0])
         address, stride = past.block.__array_interface__["data"][0], past.block.strides[0]
-        shape = (1, past.length, past.block.shape[2])
+        shape = past.shape
         for name in self._cached:
             bind(name, _CPU, _FLOAT, shape, address)
             address += stride
@@ -113,13 +113,17 @@ class OnnxRuntimeEngine:
         missing = [name for name, _, _ in self._fed if name not in feeds]
         if missing:
             raise UsageError(f"Graph '{self.name}' needs the input '{missing[0]}'.")
-        layers, capacity, _ = past.block.shape
-        fits = layers == len(self._cached) and past.length <= capacity
-        if not fits or past.block.dtype != np.float32 or not past.block.flags.c_contiguous:
+        layers, capacity = past.block.shape[0], past.block.shape[-2]
+        batch = feeds["input_ids"].shape[0]
+        exact = past.block.ndim == 4  # of several sequences nothing may lie between the rows
+        fits = layers == len(self._cached) and past.shape[0] == batch
+        fits &= past.length == capacity if exact else past.length <= capacity
+        if not fits or past.block.dtype != np.float32 or not past.block[0].flags.c_contiguous:
+            among = f"{batch}, " if batch > 1 else "at least "
             raise UsageError(
                 f"Graph '{self.name}': the cached rows are {past.block.dtype} "
                 f"{list(past.block.shape)} with {past.length} in use; they must be contiguous "
-                f"float32 [{len(self._cached)}, at least {past.length}, KV]."
+                f"float32 [{len(self._cached)}, {among}{past.length}, KV]."
             )
 
     def _execute(self, binding: Any, check: Callable[[], object]) -> None:
@@ -181,7 +185,7 @@ class OnnxRuntimeEngine:
                 bound.arrays[spec.name] = array
         layers = len(self._cached)
         rows = self._memory[NEW_ROWS][: layers * count].reshape(layers, *shape)
-        bound.arrays[NEW_ROWS] = rows[:, 0]  # [2L, T, KV] of the one sequence
+        bound.arrays[NEW_ROWS] = rows if sizes["B"] > 1 else rows[:, 0]  # [2L, (B,) T, KV]
         return bound
 
 

@@ -88,8 +88,10 @@ class KeyValueCache:
                 f"the context is full: {rows} tokens, the engine holds at most {self.max_length}; "
                 "shorten the prompt or ask for fewer tokens."
             )
-        if rows <= self.capacity:
-            return
+        if rows > self.capacity:
+            self._grow(rows)
+
+    def _grow(self, rows: int) -> None:
         layers, _, size = self._block.shape
         capacity = min(max(rows, 2 * self.capacity), self.max_length)
         grown = np.zeros((layers, capacity, size), dtype=np.float32)

@@ -1,12 +1,9 @@
 """The decode loop: prompt in, rounds of tokens out. It knows no backend and no text.
 
 With a drafter a round drafts a tree, verifies it in one target pass and commits the accepted path;
-without one the tree is the root alone, which is plain decoding. Both follow the same law, and stop
-tokens and limits cut a round's block exactly where plain decoding would have ended: later tokens of
-the block are dropped.
+without one the tree is the root alone, which is plain decoding. Both follow the same law.
 
-Between rounds: the target has committed positions 0..n-1, the root x_n is chosen but not fed. The
-drafter lags behind: `_Pending` holds the tokens and taps it has not seen yet.
+What one request knows between rounds is its `Progress`.
 """
 
 from __future__ import annotations
@@ -14,36 +11,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
-
-import numpy as np
 
 from drafter.errors import UsageError
 from runtime.drafter import Drafter
-from runtime.draws import Drawing
-from runtime.lookup import NO_GUESS, SuffixLookup
 from runtime.policy import FixedPolicy, Policy, require_market
-from runtime.sampling import GREEDY, Dice, SamplingConfig, choose
+from runtime.progress import FinishReason, Progress, Request
+from runtime.sampling import Dice
 from runtime.stats import RoundStats, Work
-from runtime.target import Taps, Target
-from runtime.tree import DEFAULT_TREE, DraftTree, TreeConfig, grow
-from runtime.verify import verify
+from runtime.target import Target
+from runtime.tree import DraftTree, grown
 
-FinishReason = Literal["stop", "length"]
-
-PREFILL_CHUNK = 512  # prompt tokens per pass: bounds the mask and the activations of a long prompt
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What to decode. `stop_ids` end the output and are its last token."""
-
-    prompt: Sequence[int]
-    max_tokens: int
-    sampling: SamplingConfig = GREEDY
-    stop_ids: frozenset[int] = frozenset()
-    tree: TreeConfig = DEFAULT_TREE
-    prefill_chunk: int = PREFILL_CHUNK
+__all__ = ["FinishReason", "Request", "Round", "check_request", "decode", "prefill", "work_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,33 +34,6 @@ class Round:
     tokens: list[int]
     stats: RoundStats
     finish: FinishReason | None
-
-
-class _Pending:
-    """Slots the drafter has still to be fed: taps [1, T, 3H] and the token after each of them.
-
-    They gather while rounds do without the drafter. The first taps are the prompt's, which live
-    until the target's next pass.
-    """
-
-    def __init__(self, tokens: list[int], taps: Taps) -> None:
-        self.tokens, self._taps, self._borrowed = tokens, [taps], True
-
-    def add(self, tokens: list[int], taps: Taps) -> None:
-        """Append the slots of one round."""
-        self.tokens = self.tokens + tokens
-        self._taps.append(taps)
-
-    def keep(self) -> None:
-        """They are not taken before the target's next pass."""
-        if self._borrowed:
-            self._taps, self._borrowed = [taps.copy() for taps in self._taps], False
-
-    def take(self) -> tuple[list[int], Taps]:
-        """All of them; none are left."""
-        tokens, parts = self.tokens, self._taps
-        self.tokens, self._taps, self._borrowed = [], [], False
-        return tokens, parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
 
 def check_request(request: Request, target: Target, drafter: Drafter | None) -> None:
@@ -116,55 +67,42 @@ def decode(
     request: Request,
     dice: Dice,
     policy: Policy | None = None,
+    start: int = 0,
 ) -> Iterator[Round]:
     """Decode one request: first the prompt's passes, the last of them with the first token.
 
-    Target and drafter are emptied first and belong to this request until the iterator is exhausted
-    or closed. `policy` plans the rounds of an adaptive tree; a fixed one needs none. Raises
-    UsageError for a request that cannot be decoded.
+    Target and drafter hold the first `start` tokens of the prompt (`runtime.prefixes`); what else
+    they hold is dropped. They belong to this request until the iterator is exhausted or closed.
+    `policy` plans the rounds of an adaptive tree; a fixed one needs none. Raises UsageError for a
+    request that cannot be decoded.
     """
     check_request(request, target, drafter)
     if policy is None:
         policy = _fixed(request, drafter)
-    limit = min(request.max_tokens, target.max_context - len(request.prompt))
-    target.truncate(0)
+    target.truncate(start)
     if drafter is not None:
-        drafter.truncate(0)
+        drafter.truncate(start)
         # A greedy tree reads the best few of each node, drawing the whole law.
         greedy = request.sampling.greedy
         drafter.candidates = request.tree.width if greedy else drafter.top_k
-    start = 0
+    progress = Progress(request, dice, target.max_context, drafter is not None)
     while (stop := start + request.prefill_chunk) < len(request.prompt):
         clock = _Clock(target, drafter)
-        _prefill(target, drafter, request.prompt, start, stop)
+        prefill(target, drafter, request.prompt, start, stop)
         start = stop
         yield Round([], clock.stats(0, 0, 0, prompt=True), None)
     clock = _Clock(target, drafter)
-    root, pending = _first_token(target, request, start, dice)
-    lookup = None
-    if drafter is not None and request.tree.lookup:
-        lookup = SuffixLookup(request.sampling.temperature)
-    if lookup is not None:
-        lookup.add([*request.prompt, root])
-    block, finish = _cut([root], request.stop_ids, limit)
-    yield Round(block, clock.stats(len(block), 0, 0, prompt=True), finish)
-    emitted = 1
-    while finish is None:
+    block = progress.begin(start, target.prefill(request.prompt[start:]))
+    yield Round(block.tokens, clock.stats(len(block.tokens), 0, 0, prompt=True), block.finish)
+    while block.finish is None:
         clock = _Clock(target, drafter)
-        room = limit - emitted
-        tree = _draft(target, drafter, pending, root, request, room, lookup, dice, policy)
-        verdict = verify(tree, target.verify(tree), request.sampling, dice)
+        tree = _draft(target, drafter, progress, policy)
+        verdict = progress.verify(tree, target.verify(tree))
         taps = target.commit([0, *verdict.path])
         policy.observe(tree, verdict.path)
-        block = [*(tree.tokens[node] for node in verdict.path), verdict.bonus]
-        root = verdict.bonus
-        pending.add(block, taps)
-        if lookup is not None:
-            lookup.add(block)
-        block, finish = _cut(block, request.stop_ids, limit - emitted)
-        emitted += len(block)
-        accepted = min(len(verdict.path), len(block))
-        yield Round(block, clock.stats(len(block), accepted, len(tree) - 1), finish)
+        block = progress.advance(tree, verdict, taps)
+        stats = clock.stats(len(block.tokens), block.accepted, len(tree) - 1)
+        yield Round(block.tokens, stats, block.finish)
 
 
 def _fixed(request: Request, drafter: Drafter | None) -> Policy:
@@ -173,7 +111,7 @@ def _fixed(request: Request, drafter: Drafter | None) -> Policy:
     return FixedPolicy(drawn=not request.sampling.greedy)
 
 
-def _prefill(
+def prefill(
     target: Target, drafter: Drafter | None, prompt: Sequence[int], start: int, stop: int
 ) -> None:
     """Feed a chunk of the prompt that is not its last: a slot needs the token after its position,
@@ -184,53 +122,27 @@ def _prefill(
         drafter.extend(prompt[start + 1 : stop + 1], taps)
 
 
-def _first_token(target: Target, request: Request, start: int, dice: Dice) -> tuple[int, _Pending]:
-    """Feed the prompt's last chunk; returns the first token and the chunk's slots."""
-    logits, taps = target.prefill(request.prompt[start:])
-    root = choose(logits, request.sampling, dice)
-    return root, _Pending([*request.prompt[start + 1 :], root], taps)
-
-
 def _draft(
-    target: Target,
-    drafter: Drafter | None,
-    pending: _Pending,
-    root: int,
-    request: Request,
-    new_tokens: int,
-    lookup: SuffixLookup | None,
-    dice: Dice,
-    policy: Policy,
+    target: Target, drafter: Drafter | None, progress: Progress, policy: Policy
 ) -> DraftTree:
-    """The tree of one round that may emit `new_tokens`, no larger than the context has room for.
+    """The tree of one round, no larger than the context has room for."""
+    fitted = progress.fitted(target.length)
+    if drafter is None or fitted is None:
+        return DraftTree.root_only(progress.root)
+    drafts, terms = policy.plan(fitted, target.length, progress.pending.count)
+    if drafts:
+        first = drafter.extend(*progress.pending.take())
+    else:
+        first = None
+        progress.pending.keep()
+    return grown(progress.growing(first, fitted, terms), drafter.step)
 
-    Where nothing but the bonus token fits, the round is the request's last, so the slots that the
-    drafter then misses are never needed.
-    """
+
+def work_of(target: Target, drafter: Drafter | None) -> Work:
+    """All that the two were asked so far."""
     if drafter is None:
-        return DraftTree.root_only(root)
-    fitted = request.tree.fitted(new_tokens, rows=target.max_context - target.length - 1)
-    if fitted is None:
-        return DraftTree.root_only(root)
-    drafts, terms = policy.plan(fitted, target.length, len(pending.tokens))
-    if not drafts:
-        pending.keep()
-    first = drafter.extend(*pending.take()) if drafts else None
-    guess = lookup.guess(fitted.lookup) if lookup is not None else NO_GUESS
-    drawing = None if request.sampling.greedy else Drawing(request.sampling, dice)
-    return grow(root, first, drafter.step, fitted, guess, drawing, terms)
-
-
-def _cut(
-    block: list[int], stop_ids: frozenset[int], limit: int
-) -> tuple[list[int], FinishReason | None]:
-    """The part of a block that plain decoding would have emitted, and why it ends there."""
-    for index, token in enumerate(block[:limit]):
-        if token in stop_ids:
-            return block[: index + 1], "stop"
-    if len(block) >= limit:
-        return block[:limit], "length"
-    return block, None
+        return Work(target.fed)
+    return Work(target.fed, drafter.fed, drafter.calls)
 
 
 class _Clock:
@@ -238,11 +150,7 @@ class _Clock:
 
     def __init__(self, target: Target, drafter: Drafter | None) -> None:
         self._target, self._drafter = target, drafter
-        self._start, self._asked = self._now(), self._work()
-
-    def _work(self) -> tuple[int, int, int]:
-        drafter = self._drafter
-        return self._target.fed, drafter.fed if drafter else 0, drafter.calls if drafter else 0
+        self._start, self._asked = self._now(), work_of(target, drafter)
 
     def _now(self) -> tuple[float, float, float]:
         drafting = self._drafter.engine_seconds if self._drafter is not None else 0.0
@@ -250,6 +158,6 @@ class _Clock:
 
     def stats(self, emitted: int, accepted: int, drafted: int, prompt: bool = False) -> RoundStats:
         wall, draft, check = (a - b for a, b in zip(self._now(), self._start, strict=True))
-        work = Work(*(a - b for a, b in zip(self._work(), self._asked, strict=True)))
+        work = work_of(self._target, self._drafter) - self._asked
         own = wall - draft - check
         return RoundStats(emitted, accepted, drafted, draft, check, own, prompt, work)

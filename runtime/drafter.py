@@ -15,17 +15,32 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from drafter.config import DrafterConfig
-from engines.base import NEW_ROWS, Engine
+from engines.base import NEW_ROWS, Arrays, Engine
 from runtime.cache import KeyValueCache
 from runtime.candidates import Proposals
-from runtime.target import Taps, attention_mask, int_row
+from runtime.target import Feeds, Taps, attention_mask, int_row
 from runtime.tree import Frontier
+
+
+class DrafterRows(NamedTuple):
+    """Cached rows [2, P, KV] of the first `slots` slots, without those forgotten after `sink`."""
+
+    rows: npt.NDArray[np.float32]
+    slots: int
+    sink: int
+
+    def first(self, slots: int) -> DrafterRows:
+        """Of fewer slots; where they end in what is forgotten, the sink is all that is left."""
+        kept = self.rows.shape[1] - (self.slots - slots)
+        whole = self.rows.shape[1] == self.slots
+        kept = kept if whole else max(kept, min(self.sink, slots))
+        return self._replace(rows=self.rows[:, :kept], slots=slots)
 
 
 class Drafter(Protocol):
@@ -69,6 +84,14 @@ class Drafter(Protocol):
         """Forget all slots from `length` on."""
         ...
 
+    def rows(self, most: int) -> DrafterRows:
+        """The rows of the first slots, at most `most`; no copy, valid until the next call."""
+        ...
+
+    def restore(self, rows: DrafterRows, slots: int) -> None:
+        """Begin with `slots` slots that were computed earlier; there must be none yet."""
+        ...
+
 
 class Window(NamedTuple):
     """Slots that the drafter keeps: the first `sink` and at least the latest `recent`.
@@ -89,7 +112,11 @@ DEFAULT_WINDOW = Window()
 
 
 class EngineDrafter:
-    """A `Drafter` over the two drafter graphs of an engine set, batch 1."""
+    """A `Drafter` over the two drafter graphs of an engine set: one sequence, its rows in `cache`.
+
+    `extend` is `extend_feeds`, a pass, `extended`, and `step` alike: several sequences can share
+    those passes (`runtime.together`).
+    """
 
     def __init__(
         self,
@@ -98,6 +125,7 @@ class EngineDrafter:
         config: DrafterConfig,
         max_context: int,
         window: Window = DEFAULT_WINDOW,
+        cache: KeyValueCache | None = None,
     ) -> None:
         self.top_k = self.candidates = config.top_k
         self.engine_seconds = 0.0
@@ -107,7 +135,7 @@ class EngineDrafter:
         self._slots = 0  # committed slots, forgotten ones included
         self._rows = 0  # cached rows of those
         self._window = window
-        self._cache = KeyValueCache(1, config.kv_size, max_context)
+        self.cache = cache or KeyValueCache(1, config.kv_size, max_context)
         self._state = np.empty((1, 0, config.hidden_size), np.float32)  # [1, R, H], last call's
 
     @property
@@ -117,58 +145,87 @@ class EngineDrafter:
 
     def extend(self, tokens: Sequence[int], taps: Taps) -> Proposals:
         """See `Drafter`."""
-        self._cache.truncate(self._rows)
+        return self.extended(self._run(self._extend, self.extend_feeds(tokens, taps)))
+
+    def extend_feeds(self, tokens: Sequence[int], taps: Taps) -> Feeds:
+        """What the pass of `extend` is fed; the tree's rows are dropped."""
+        self.cache.truncate(self._rows)
         count, first = len(tokens), self._slots
-        feeds: dict[str, npt.NDArray[Any]] = {
+        self._count(count)
+        return {
             "input_ids": int_row(tokens),
             "taps": taps,
             "position_ids": int_row(range(first, first + count)),
             "attention_mask": attention_mask(self._rows, np.tri(count, dtype=np.bool_)),
             "rows": int_row([count - 1]),
         }
-        proposals = self._run(self._extend, feeds)
-        self._slots += count
-        self._cache.forget(self._window.sink, self._window.excess(self._cache.length))
-        self._rows = self._cache.length
+
+    def extended(self, outputs: Arrays) -> Proposals:
+        """Commit the slots of that pass; the proposals after the last one."""
+        self._slots += outputs[NEW_ROWS].shape[1]
+        proposals = self.stepped(outputs)
+        self.cache.forget(self._window.sink, self._window.excess(self.cache.length))
+        self._rows = self.cache.length
         return proposals
 
     def step(self, frontier: Frontier) -> Proposals:
         """See `Drafter`."""
+        return self.stepped(self._run(self._step, self.step_feeds(frontier)))
+
+    def step_feeds(self, frontier: Frontier) -> Feeds:
+        """What the pass of `step` is fed."""
         count = len(frontier.tokens)
-        fed = self._cache.length - self._rows
+        self._count(count)
+        fed = self.cache.length - self._rows
         among = np.zeros((count, fed + count), dtype=np.bool_)
         for row, ancestors in enumerate(frontier.ancestors):
             for seen in ancestors:
                 among[row, seen] = True
             among[row, fed + row] = True
         position = self._slots - 1 + frontier.depth
-        feeds: dict[str, npt.NDArray[Any]] = {
+        return {
             "input_ids": int_row(frontier.tokens),
             "parent_state": self._state.take(frontier.parent_rows, axis=1),
             "position_ids": int_row([position] * count),
             "attention_mask": attention_mask(self._rows, among),
         }
-        return self._run(self._step, feeds)
 
-    def truncate(self, length: int) -> None:
-        """See `Drafter`. Raises ValueError where that would reach into what was forgotten."""
-        rows = self._rows - (self._slots - length) if length else 0
-        if self._rows < self._slots and length and rows < self._window.sink:
-            raise ValueError(f"the slots before {length} are forgotten; truncate to 0")
-        self._cache.truncate(rows)
-        self._slots, self._rows = length, rows
-
-    def _run(self, engine: Engine, feeds: dict[str, npt.NDArray[Any]]) -> Proposals:
-        past = self._cache.past()
-        start = time.perf_counter()
-        outputs = engine.decode(feeds, past)
-        self.engine_seconds += time.perf_counter() - start
-        self.fed += feeds["input_ids"].shape[1]
-        self.calls += 1
-        self._cache.commit(outputs[NEW_ROWS])
+    def stepped(self, outputs: Arrays) -> Proposals:
+        """Keep the rows and states of that pass; the proposals after each of its nodes."""
+        self.cache.commit(outputs[NEW_ROWS])
         self._state = outputs["state"]
         wanted = slice(self.candidates)  # Python numbers of all 64 take longer than the tree
         return Proposals(
             tokens=outputs["topk_ids"][0, :, wanted].tolist(),
             log_probs=outputs["topk_logprobs"][0, :, wanted].tolist(),
         )
+
+    def truncate(self, length: int) -> None:
+        """See `Drafter`. Raises ValueError where that would reach into what was forgotten."""
+        rows = self._rows - (self._slots - length) if length else 0
+        if self._rows < self._slots and length and rows < self._window.sink:
+            raise ValueError(f"the slots before {length} are forgotten; truncate to 0")
+        self.cache.truncate(rows)
+        self._slots, self._rows = length, rows
+
+    def rows(self, most: int) -> DrafterRows:
+        """See `Drafter`."""
+        block = self.cache.past().block[:, : self._rows]
+        held = DrafterRows(block, self._slots, self._window.sink)
+        return held.first(min(most, self._slots))
+
+    def restore(self, rows: DrafterRows, slots: int) -> None:
+        """See `Drafter`."""
+        self.cache.commit(rows.first(slots).rows)
+        self._slots, self._rows = slots, self.cache.length
+
+    def _count(self, tokens: int) -> None:
+        self.fed += tokens
+        self.calls += 1
+
+    def _run(self, engine: Engine, feeds: Feeds) -> Arrays:
+        past = self.cache.past()
+        start = time.perf_counter()
+        outputs = engine.decode(feeds, past)
+        self.engine_seconds += time.perf_counter() - start
+        return outputs

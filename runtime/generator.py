@@ -3,7 +3,7 @@
 It joins an engine set, its tokenizer and the decode loop. A Generator serves one request at a time,
 because target and drafter hold one cache each: a second request before the first one's end is
 refused with UsageError, so a caller with several threads needs a queue. Closing a stream ends its
-request.
+request. `runtime.batch_generator` has one that decodes several streams together.
 
 `token_ids` hold every token that counts: the end-of-sequence or stop token that ended the output is
 their last (it has no text), and so is the token that completed a stop string (the text ends before
@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +27,7 @@ from runtime.cost import CostModel
 from runtime.decode import FinishReason, Request, Round, check_request, decode
 from runtime.drafter import Drafter, EngineDrafter
 from runtime.policy import Market, Policy, require_market
+from runtime.prefixes import PrefixCache
 from runtime.sampling import SamplingConfig, SeededDice
 from runtime.stats import NO_WORK, Tally, Timings, Work
 from runtime.target import EngineTarget, Target
@@ -60,7 +61,7 @@ class Completion:
     """One finished request. `tau` and `acceptance_by_depth`: see `runtime.stats`.
 
     `tok_s` is all tokens over the whole time, the prompt's pass included. `target_passes` counts
-    the prompt as one.
+    the prompt as one. `reused_tokens`: how many of the prompt's were not computed again.
     """
 
     text: str
@@ -74,6 +75,7 @@ class Completion:
     tok_s: float
     timings: Timings
     work: Work = NO_WORK  # of the rounds
+    reused_tokens: int = 0
 
     @property
     def accepted_at(self) -> list[int]:
@@ -117,8 +119,10 @@ class Generator:
         tree: TreeConfig = DEFAULT_TREE,
         drawn_tree: TreeConfig | None = None,
         costs: CostModel | None = None,
+        prefixes: PrefixCache | None = None,
     ) -> None:
         self.tokenizer = tokenizer
+        self.prefixes = prefixes
         self._market = None if costs is None else Market(costs)
         self._tree, self._drawn_tree = tree, drawn_tree or tree
         self.eos_ids = frozenset(tokenizer.eos_ids) | frozenset(eos_ids)
@@ -135,8 +139,10 @@ class Generator:
         tell: Tell | None = None,
         *,
         adaptive: bool = False,
+        prefixes: PrefixCache | None = None,
     ) -> Generator:
-        """Open an engine folder. Raises UsageError or MissingError, as `open_engines` does.
+        """Open an engine folder. With `prefixes` a prompt that begins like an earlier text is not
+        computed again. Raises UsageError or MissingError, as `open_engines` does.
 
         What its passes cost on this machine is read from the cache. Where that is not known, it is
         measured (some seconds; `tell` hears so) if the engine's trees are adaptive, or if
@@ -159,6 +165,7 @@ class Generator:
             tree=trees[0],
             drawn_tree=trees[1],
             costs=known_costs(folder, lambda: engines, threads, tell, measure=needed),
+            prefixes=prefixes,
         )
 
     def with_drafter(
@@ -183,6 +190,11 @@ class Generator:
         )
         other._busy = self._busy
         return other
+
+    @property
+    def max_streams(self) -> int:
+        """How many streams it can have open at a time."""
+        return 1
 
     @property
     def max_context(self) -> int:
@@ -297,29 +309,22 @@ class Generator:
     def _pieces(
         self, request: Request, drafter: Drafter | None, policy: Policy | None, text: TextStream
     ) -> Iterator[Piece]:
-        tally = Tally(depth=request.tree.depth if drafter is not None else 0)
-        dice = SeededDice(request.sampling.seed)
-        shown: list[str] = []
-        token_ids: list[int] = []
+        answer = Answer(request, drafter is not None, text)
+        dice, kept = SeededDice(request.sampling.seed), self.prefixes
         target, track = self._target, self.track
+        answer.track = track
         with self._claimed():
-            if track is not None:
-                target, drafter = track.watch(target, drafter)
-            for passed in decode(target, drafter, request, dice, policy):
-                start = time.perf_counter()
-                tokens, new, finish = _read(passed, text, request.stop_ids)
-                token_ids += tokens
-                shown.append(new)
-                stats = passed.stats.trimmed(len(tokens), time.perf_counter() - start)
-                tally.add(stats)
-                if track is not None:
-                    track.end_pass(stats, start)
-                if finish is not None:
+            if kept is not None:
+                answer.reused = kept.resume(request.prompt, target, drafter)
+            watched = track.watch(target, drafter) if track is not None else (target, drafter)
+            for passed in decode(*watched, request, dice, policy, answer.reused):
+                piece = answer.piece(passed)
+                if piece.completion is not None:
                     break
-                yield Piece(new, tokens)
-            assert finish is not None  # decode ends only with a reason
-            done = _completion("".join(shown), token_ids, len(request.prompt), finish, tally)
-        yield Piece(new, tokens, done)
+                yield piece
+            if kept is not None:
+                kept.keep([*request.prompt, *answer.token_ids], self._target, drafter)
+        yield piece
 
     @contextmanager
     def _claimed(self) -> Iterator[None]:
@@ -332,6 +337,36 @@ class Generator:
             yield
         finally:
             self._busy.release()
+
+
+class Answer:
+    """The text of one request, piece by piece, as its rounds come in; `drafts`: with a drafter."""
+
+    def __init__(self, request: Request, drafts: bool, text: TextStream) -> None:
+        self.reused = 0  # prompt tokens whose rows were there already
+        self.track: Track | None = None  # where spans of its passes go, if anywhere
+        self._request = request
+        self._text = text
+        self._tally = Tally(depth=request.tree.depth if drafts else 0)
+        self._shown: list[str] = []
+        self.token_ids: list[int] = []
+
+    def piece(self, passed: Round) -> Piece:
+        """What a pass adds; with the completion where the output ends."""
+        start = time.perf_counter()
+        tokens, new, finish = _read(passed, self._text, self._request.stop_ids)
+        self.token_ids += tokens
+        self._shown.append(new)
+        stats = passed.stats.trimmed(len(tokens), time.perf_counter() - start)
+        self._tally.add(stats)
+        if self.track is not None:
+            self.track.end_pass(stats, start)
+        if finish is None:
+            return Piece(new, tokens)
+        done = _completion(
+            "".join(self._shown), self.token_ids, len(self._request.prompt), finish, self._tally
+        )
+        return Piece(new, tokens, replace(done, reused_tokens=self.reused))
 
 
 def _read(

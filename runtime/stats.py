@@ -29,6 +29,14 @@ class Work:
             self.drafter_calls + other.drafter_calls,
         )
 
+    def __sub__(self, other: Work) -> Work:
+        """What the later one, this, has more."""
+        return Work(
+            self.target_tokens - other.target_tokens,
+            self.drafter_tokens - other.drafter_tokens,
+            self.drafter_calls - other.drafter_calls,
+        )
+
 
 NO_WORK = Work()
 

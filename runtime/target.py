@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from drafter.config import TargetConfig
-from engines.base import NEW_ROWS, Arrays, Engine
+from engines.base import NEW_ROWS, Arrays, CachedRows, Engine
 from runtime.cache import KeyValueCache
 from runtime.tree import DraftTree
 
 LogitRows = npt.NDArray[np.float32]  # [R, V]
 Taps = npt.NDArray[np.float32]  # [1, T, 3H]
+Feeds = dict[str, npt.NDArray[Any]]  # a graph's inputs besides the cached rows
 
 
 class Prefilled(NamedTuple):
@@ -67,67 +68,103 @@ class Target(Protocol):
         """Forget all positions from `length` on."""
         ...
 
+    def rows(self) -> CachedRows:
+        """The committed rows, no copy; valid until the next one is committed."""
+        ...
+
+    def restore(self, rows: npt.NDArray[np.float32]) -> None:
+        """Commit rows [2L, P, KV] that were computed earlier, after the committed ones."""
+        ...
+
 
 class EngineTarget:
-    """A `Target` over the `target` graph of an engine set, batch 1."""
+    """A `Target` over the `target` graph of an engine set: one sequence, its rows in `cache`.
 
-    def __init__(self, engine: Engine, config: TargetConfig, max_context: int) -> None:
+    `verify` is `verify_feeds`, a pass, `verified`: several sequences can share that pass
+    (`runtime.together`).
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        config: TargetConfig,
+        max_context: int,
+        cache: KeyValueCache | None = None,
+    ) -> None:
         self.vocab_size = config.vocab_size
         self.max_context = max_context
         self.engine_seconds = 0.0
         self.fed = 0
         self._engine = engine
-        self._cache = KeyValueCache(config.num_layers, config.kv_size, max_context)
+        self.cache = cache or KeyValueCache(config.num_layers, config.kv_size, max_context)
         self._outputs: Arrays = {}
 
     @property
     def length(self) -> int:
         """See `Target`."""
-        return self._cache.length
+        return self.cache.length
 
     def prefill(self, tokens: Sequence[int]) -> Prefilled:
         """See `Target`."""
         count = len(tokens)
         mask = np.tri(count, dtype=np.bool_)
-        outputs = self._run(tokens, range(count), mask, rows=[count - 1])
-        self._cache.commit(outputs[NEW_ROWS])
+        outputs = self._run(self._feeds(tokens, range(count), mask, rows=[count - 1]))
+        self.cache.commit(outputs[NEW_ROWS])
         return Prefilled(outputs["logits"][0, 0], outputs["taps"])
 
     def verify(self, tree: DraftTree) -> LogitRows:
         """See `Target`."""
-        self._outputs = self._run(tree.tokens, tree.depths, tree.mask(), rows=range(len(tree)))
-        logits: LogitRows = self._outputs["logits"][0]
+        return self.verified(self._run(self.verify_feeds(tree)))
+
+    def verify_feeds(self, tree: DraftTree) -> Feeds:
+        """What a pass over all nodes is fed."""
+        return self._feeds(tree.tokens, tree.depths, tree.mask(), rows=range(len(tree)))
+
+    def verified(self, outputs: Arrays) -> LogitRows:
+        """The logits of that pass; its other outputs are kept for `commit`."""
+        self._outputs = outputs
+        logits: LogitRows = outputs["logits"][0]
         return logits
 
     def commit(self, nodes: Sequence[int]) -> Taps:
         """See `Target`."""
-        self._cache.commit(self._outputs[NEW_ROWS], nodes)
+        self.cache.commit(self._outputs[NEW_ROWS], nodes)
         taps: Taps = self._outputs["taps"].take(nodes, axis=1)  # [1, a+1, 3H]
         return taps
 
     def truncate(self, length: int) -> None:
         """See `Target`."""
-        self._cache.truncate(length)
+        self.cache.truncate(length)
 
-    def _run(
+    def rows(self) -> CachedRows:
+        """See `Target`."""
+        return self.cache.past()
+
+    def restore(self, rows: npt.NDArray[np.float32]) -> None:
+        """See `Target`."""
+        self.cache.commit(rows)
+
+    def _feeds(
         self,
         tokens: Sequence[int],
         depths: Sequence[int],
         mask: npt.NDArray[np.bool_],  # [T, T]: among the new tokens; the prefix is seen by all
         rows: Sequence[int],
-    ) -> Arrays:
-        prefix = self._cache.length
-        feeds = {
+    ) -> Feeds:
+        prefix = self.cache.length
+        self.fed += len(tokens)
+        return {
             "input_ids": int_row(tokens),
             "position_ids": int_row([prefix + depth for depth in depths]),
             "attention_mask": attention_mask(prefix, mask),
             "rows": int_row(rows),
         }
-        past = self._cache.past()
+
+    def _run(self, feeds: Feeds) -> Arrays:
+        past = self.cache.past()
         start = time.perf_counter()
         outputs = self._engine.decode(feeds, past)
         self.engine_seconds += time.perf_counter() - start
-        self.fed += len(tokens)
         return outputs
 
 

@@ -16,8 +16,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
+from engines.base import CachedRows
 from runtime.candidates import Proposals
-from runtime.drafter import Drafter
+from runtime.drafter import Drafter, DrafterRows
 from runtime.stats import RoundStats
 from runtime.target import LogitRows, Prefilled, Taps, Target
 from runtime.tree import DraftTree, Frontier
@@ -178,6 +182,14 @@ class _WatchedTarget:
         """See `Target`."""
         self._target.truncate(length)
 
+    def rows(self) -> CachedRows:
+        """See `Target`."""
+        return self._target.rows()
+
+    def restore(self, rows: npt.NDArray[np.float32]) -> None:
+        """See `Target`."""
+        self._target.restore(rows)
+
 
 class _WatchedDrafter:
     """A `Drafter` that tells a track what it does."""
@@ -233,3 +245,11 @@ class _WatchedDrafter:
     def truncate(self, length: int) -> None:
         """See `Drafter`."""
         self._drafter.truncate(length)
+
+    def rows(self, most: int) -> DrafterRows:
+        """See `Drafter`."""
+        return self._drafter.rows(most)
+
+    def restore(self, rows: DrafterRows, slots: int) -> None:
+        """See `Drafter`."""
+        self._drafter.restore(rows, slots)

@@ -14,7 +14,7 @@ on the tokens drawn, and each node remembers what it was drawn from.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, NamedTuple
 
@@ -184,6 +184,9 @@ class DraftTree:
         return [self.path(node) for node in range(1, len(self)) if node not in inner]
 
 
+Growth = Generator[Frontier, Proposals, DraftTree]  # a tree that is being drafted
+
+
 def grow(
     root: int,
     first: Proposals | None,
@@ -202,6 +205,31 @@ def grow(
     With `drawing` tokens are drawn, without it they are the drafter's best. `terms`: those of the
     round, where they are not the ones of `config`. Raises CheckFailed for a log-probability that is
     not a number.
+    """
+    return grown(growing(root, first, config, guess, drawing, terms), expand)
+
+
+def grown(growth: Growth, expand: Expand) -> DraftTree:
+    """The tree that `growing` drafts, one drafter call after the other."""
+    try:
+        frontier = next(growth)
+        while True:
+            frontier = growth.send(expand(frontier))
+    except StopIteration as end:
+        tree: DraftTree = end.value
+        return tree
+
+
+def growing(
+    root: int,
+    first: Proposals | None,
+    config: TreeConfig,
+    guess: Guess = NO_GUESS,
+    drawing: Drawing | None = None,
+    terms: Terms | None = None,
+) -> Growth:
+    """`grow` from one drafter call to the next: yields a frontier, is sent the proposals after it,
+    returns the tree. So several trees can share their drafter calls.
     """
     terms = terms or config.terms(drawn=drawing is not None)
     pool, path = Pool(config.width, terms), GuessPath(guess)
@@ -227,7 +255,7 @@ def grow(
             ancestors=[seen[parent] for parent in parents],
             depth=depth,
         )
-        proposals = expand(frontier)
+        proposals = yield frontier
         place = {node: row for row, node in enumerate(nodes)}
         for row, node in enumerate(nodes, start=fed):
             seen[node] = (*seen[pool.parents[node]], row)

@@ -269,6 +269,22 @@ def serve(
     max_queue: Annotated[
         int | None, o.option("--max-queue", help="Waiting requests before 429.", default="16")
     ] = None,
+    max_batch: Annotated[
+        int | None,
+        o.option(
+            "--max-batch",
+            help="Requests decoded together.",
+            default="twice the threads, at most 8, less where memory is short",
+        ),
+    ] = None,
+    prefix_cache_mib: Annotated[
+        int | None,
+        o.option(
+            "--prefix-cache-mib",
+            help="Memory for earlier prompts, which are not computed again; 0: none.",
+            default="256",
+        ),
+    ] = None,
     max_tokens_limit: Annotated[
         int | None,
         o.option("--max-tokens-limit", help="Most a request may ask for.", default="4096"),
@@ -308,6 +324,8 @@ def serve(
         "model_name": model_name,
         "api_key": api_key,
         "max_queue": max_queue,
+        "max_batch": max_batch,
+        "prefix_cache_mib": prefix_cache_mib,
         "max_tokens_limit": max_tokens_limit,
         "request_timeout_s": request_timeout,
         "grace_s": grace,

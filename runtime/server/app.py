@@ -30,11 +30,12 @@ DEFAULT_MODEL = "slimspec"
 
 
 def create_app(generator: Generator, settings: ServerSettings) -> FastAPI:
-    """The application over one Generator, which it then needs for itself.
+    """The application over one Generator, which it then needs for itself. With a BatchGenerator
+    requests are decoded together.
 
     Its lifespan starts and stops the worker's thread. `app.state.service` is the `Service`.
     """
-    worker = Worker(settings.max_queue)
+    worker = Worker(settings.max_queue, generator.max_streams)
     metrics = Metrics(worker)
     model = settings.model_name or DEFAULT_MODEL
     service = Service(generator, settings, model, worker, metrics)

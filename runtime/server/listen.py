@@ -93,11 +93,16 @@ def open_socket(host: str, port: int) -> socket.socket:
 
 def serve(engine_dir: str | Path, settings: ServerSettings) -> None:
     """Serve an engine folder, as `run` does. Raises UsageError or MissingError."""
-    from runtime.generator import Generator  # heavy
+    from runtime.batch_generator import BatchGenerator  # heavy
+    from runtime.prefixes import PrefixCache
 
+    mib = settings.prefix_cache_mib
+    prefixes = PrefixCache(mib * 2**20) if mib else None
     with open_socket(settings.host, settings.port) as listener:  # first: loading takes longer
         name = read_artifact(Path(engine_dir), KIND, verify=False, mend=MEND).name
-        generator = Generator.load(engine_dir, threads=settings.threads)
+        generator = BatchGenerator.load(
+            engine_dir, settings.threads, prefixes=prefixes, max_batch=settings.max_batch
+        )
         if settings.model_name is None:
             settings = settings.model_copy(update={"model_name": name})
         run(generator, settings, listener)

@@ -27,6 +27,7 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0, 2.5)
+_BATCH = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 _TAU = (1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
 
 
@@ -69,11 +70,28 @@ class Metrics:
             buckets=_TAU,
             registry=registry,
         )
+        self.prefix_hits = Counter(
+            "slimspec_prefix_hits",
+            "Finished requests whose prompt began like an earlier text",
+            registry=registry,
+        )
+        self.prefix_tokens = Counter(
+            "slimspec_prefix_tokens",
+            "Their prompt tokens that were not computed again",
+            registry=registry,
+        )
         self._add_latencies()
         waiting = Gauge("slimspec_queue_depth", "Requests waiting", registry=registry)
         waiting.set_function(lambda: worker.depth)
         running = Gauge("slimspec_running", "Requests being answered", registry=registry)
         running.set_function(lambda: worker.running)
+        batch = Histogram(
+            "slimspec_batch_size",
+            "Requests answered at the same time, counted at every round",
+            buckets=_BATCH,
+            registry=registry,
+        )
+        worker.on_round = batch.observe
 
     def _add_latencies(self) -> None:
         self.request_seconds = Histogram(
@@ -143,6 +161,8 @@ class RequestRecord:
         else:
             accepted = completion.accepted_at
             metrics.tau.observe(completion.tau)
+            metrics.prefix_hits.inc(completion.reused_tokens > 0)
+            metrics.prefix_tokens.inc(completion.reused_tokens)
         for depth, count in enumerate(accepted, start=1):
             metrics.accepted.labels(depth).inc(count)
 

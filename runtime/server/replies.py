@@ -41,6 +41,7 @@ def figures(completion: Completion) -> dict[str, Any]:
         "tau": completion.tau,
         "acceptance_by_depth": completion.acceptance_by_depth,
         "target_passes": completion.target_passes,
+        "reused_tokens": completion.reused_tokens,
         "tok_s": completion.tok_s,
     }
 

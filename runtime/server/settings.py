@@ -26,9 +26,10 @@ MAX_STOP_CHARACTERS = 256
 class ServerSettings(BaseModel):
     """What `serve` and `create_app` need. `from_options` reports mistakes as UsageError.
 
-    `model_name` None: the name in the engine's manifest. `api_key` None: what SLIMSPEC_API_KEY
-    holds, and no key where that is not set either. `max_queue` counts waiting requests, not the
-    running one.
+    `max_batch` None: what suits threads and memory. `prefix_cache_mib`: memory for the rows of
+    earlier prompts; 0 turns that off. `model_name` None: the name in the engine's manifest.
+    `api_key` None: what SLIMSPEC_API_KEY holds, and no key where that is not set either.
+    `max_queue` counts waiting requests, not the running ones.
     """
 
     # An error must not print the key it is about.
@@ -39,6 +40,8 @@ class ServerSettings(BaseModel):
     model_name: str | None = Field(default=None, min_length=1)
     api_key: SecretStr | None = Field(default=None)
     max_queue: int = Field(default=16, ge=0)
+    max_batch: int | None = Field(default=None, ge=1)
+    prefix_cache_mib: int = Field(default=256, ge=0)
     max_tokens_limit: int = Field(default=4096, ge=1)
     max_messages: int = Field(default=512, ge=1)
     max_body_bytes: int = Field(default=1 << 20, ge=1)

@@ -1,4 +1,8 @@
-"""One thread that answers requests one after another, and the bounded queue before it.
+"""One thread that answers requests, as many at a time as the generator has streams, and the
+bounded queue before it.
+
+The running jobs take turns, a piece each; a BatchGenerator decodes them together. A job is taken
+from the queue, in order of arrival, as soon as one has ended.
 
 A job's pieces travel to the event loop that waits for them; the last event says how it ended.
 Cancelling is immediate for the waiter; the thread itself stops at the end of the current target
@@ -14,8 +18,8 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterator
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Literal, cast
 
 from runtime.server.errors import queue_full, shutting_down
@@ -48,6 +52,7 @@ class Job:
         self.record = record
         self.cancelled: CancelReason | None = None
         self.finished = False
+        self.began = 0.0
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Piece | Exception] = asyncio.Queue()
 
@@ -65,12 +70,14 @@ class Job:
 
 
 class Worker:
-    """Runs jobs in order. `max_queue` bounds the waiting ones, the running one not counted."""
+    """Runs up to `max_running` jobs at a time; `max_queue` bounds the waiting ones."""
 
-    def __init__(self, max_queue: int) -> None:
+    def __init__(self, max_queue: int, max_running: int = 1) -> None:
+        self.on_round: Callable[[int], object] = lambda _jobs: None  # told how many take a turn
         self._max_queue = max_queue
+        self._max_running = max_running
         self._waiting: deque[Job] = deque()
-        self._running: Job | None = None
+        self._running: list[Job] = []
         self._changed = threading.Condition()
         self._draining = self._closed = False
         self._mean_seconds = 1.0
@@ -83,14 +90,14 @@ class Worker:
 
     @property
     def running(self) -> int:
-        """1 while a job is being answered, or its last pass is being stopped."""
-        return int(self._running is not None)
+        """Jobs that are being answered, or whose last pass is being stopped."""
+        return len(self._running)
 
     @property
     def idle(self) -> bool:
         """Whether nothing runs or waits."""
         with self._changed:
-            return self._running is None and not self._waiting
+            return not self._running and not self._waiting
 
     @property
     def draining(self) -> bool:
@@ -110,8 +117,9 @@ class Worker:
         """Raise the ApiError (429, 503) with which `submit` would refuse a job now."""
         if self._draining:
             raise shutting_down()
-        if len(self._waiting) + self.running > self._max_queue:
-            wait = min(60, math.ceil(self._mean_seconds))  # about when the running one ends
+        if len(self._waiting) + self.running >= self._max_queue + self._max_running:
+            # about when the first of the running ones ends
+            wait = min(60, math.ceil(self._mean_seconds / self._max_running))
             raise queue_full(len(self._waiting), wait)
 
     def submit(self, job: Job) -> None:
@@ -140,7 +148,7 @@ class Worker:
     def cancel_all(self) -> None:
         """End every job, because the server stops."""
         with self._changed:
-            jobs = [*self._waiting, *([self._running] if self._running else [])]
+            jobs = [*self._waiting, *self._running]
         for job in jobs:
             self.cancel(job, "shutdown")
 
@@ -155,48 +163,66 @@ class Worker:
             self._thread.join(timeout_s)
 
     def _work(self) -> None:
-        while (job := self._take()) is not None:
-            start = time.monotonic()
-            last = self._answer(job)
-            self._mean_seconds += _MEAN_WEIGHT * (time.monotonic() - start - self._mean_seconds)
-            with self._changed:
-                self._running = None
-            if last is not None:  # told when the place is free: its reader may ask again at once
-                job.tell(last)
+        while self._take():
+            self.on_round(len(self._running))
+            for job in list(self._running):
+                ended, last = self._turn(job)
+                if ended:
+                    self._end(job, last)
 
-    def _take(self) -> Job | None:
+    def _take(self) -> bool:
+        """Start waiting jobs where there is room; False when the worker is closed."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._closed)
-            self._running = self._waiting.popleft() if self._waiting else None
-            return self._running
+            self._changed.wait_for(lambda: self._waiting or self._running or self._closed)
+            while self._waiting and len(self._running) < self._max_running:
+                job = self._waiting.popleft()
+                job.began = time.monotonic()
+                self._running.append(job)
+                job.record.began()
+            return bool(self._running)
 
-    def _answer(self, job: Job) -> Piece | Exception | None:
-        """Run a job; its last event, None if it was cancelled. Nothing may end the thread."""
+    def _end(self, job: Job, last: Piece | Exception | None) -> None:
+        seconds = time.monotonic() - job.began
+        self._mean_seconds += _MEAN_WEIGHT * (seconds - self._mean_seconds)
+        with self._changed:
+            self._running.remove(job)
+        if last is not None:  # told when the place is free: its reader may ask again at once
+            job.tell(last)
+
+    def _turn(self, job: Job) -> tuple[bool, Piece | Exception | None]:
+        """One piece of a job: whether it is over, and its last event (None: it was cancelled).
+        Nothing may end the thread.
+        """
         try:
-            return self._stream(job)
+            ended, last = self._piece(job)
+            if ended:
+                self._close(job)
+            return ended, last
         except Exception as error:
             # Without the message, which may quote the prompt.
             trace = "".join(traceback.format_tb(error.__traceback__))
             logger.error("a request failed with %s:\n%s", type(error).__name__, trace)
             job.record.ended(None)
-            return error if self._finish(job) else None
+            return True, error if self._finish(job) else None
 
-    def _stream(self, job: Job) -> Piece | None:
-        """Pass the pieces on, but the last; stop where the job is cancelled."""
-        job.record.began()
-        # Generator.stream returns a Python generator; closing it frees the Generator.
-        with closing(cast("PythonGenerator[Piece]", job.pieces)) as pieces:
-            while job.cancelled is None:
-                piece = next(pieces)
-                if not piece.token_ids:  # a part of a long prompt: only a place to stop at
-                    continue
-                job.record.piece(piece)
-                if piece.completion is not None:
-                    job.record.ended(piece.completion)
-                    return piece if self._finish(job) else None
-                job.tell(piece)
-        job.record.ended(None)
-        return None
+    def _piece(self, job: Job) -> tuple[bool, Piece | None]:
+        """Pass a piece on, but the last; stop where the job is cancelled."""
+        if job.cancelled is not None:
+            job.record.ended(None)
+            return True, None
+        piece = next(job.pieces)
+        if not piece.token_ids:  # a part of a long prompt, or no turn yet: only a place to stop at
+            return False, None
+        job.record.piece(piece)
+        if piece.completion is None:
+            job.tell(piece)
+            return False, None
+        job.record.ended(piece.completion)
+        return True, piece if self._finish(job) else None
+
+    def _close(self, job: Job) -> None:
+        """Generator.stream returns a Python generator; closing it frees the Generator."""
+        cast("PythonGenerator[Piece]", job.pieces).close()
 
     def _finish(self, job: Job) -> bool:
         """Mark a job as over; False if it was cancelled before."""

@@ -143,19 +143,30 @@ def test_a_missing_feed_is_named(source: Source, engines: EngineSet) -> None:
 
 
 @pytest.mark.parametrize("length", [0, 1, 6])
-def test_decode_equals_its_readable_form(source: Source, engines: EngineSet, length: int) -> None:
-    """The same rows from one block, and the new ones in one block, in the contract's order."""
+@pytest.mark.parametrize("batch", [1, 3])
+def test_decode_equals_its_readable_form(
+    source: Source, engines: EngineSet, batch: int, length: int
+) -> None:
+    """The same rows from one block, and the new ones in one block, in the contract's order; of one
+    sequence a prefix, of several a range of slots.
+    """
     opened: dict[str, Engine] = dict(engines.engines)
     for case in make_cases(
-        torch_engines(source.target, source.drafter), *source.configs, batches=(1,), prefixes=(4,)
+        torch_engines(source.target, source.drafter),
+        *source.configs,
+        batches=(batch,),
+        prefixes=(4,),
     ):
         engine = opened[case.graph]
         cached = [n for n in engine.input_names if n.startswith("past_")]
         steps, size = case.feeds["input_ids"].shape[1], case.feeds[cached[0]].shape[2]
         random = np.random.default_rng(length)
         block = random.standard_normal((len(cached), 9, size), dtype=np.float32)
+        if batch > 1:
+            shape = (len(cached), batch + 2, length, size)
+            block = random.standard_normal(shape, dtype=np.float32)[:, 1:-1]
         feeds = {n: case.feeds[n].numpy() for n in engine.input_names if n not in cached}
-        feeds["attention_mask"] = np.ones((1, 1, steps, length + steps), dtype=np.bool_)
+        feeds["attention_mask"] = np.ones((batch, 1, steps, length + steps), dtype=np.bool_)
         past = CachedRows(block, length)
         expected = {n: array.copy() for n, array in decode_by_run(engine, feeds, past).items()}
         found = engine.decode(feeds, past)
@@ -170,7 +181,10 @@ def test_decode_names_a_feed_of_the_wrong_size(source: Source, engines: EngineSe
     block = np.zeros((2 * layers, 9, size), np.float32)
     with pytest.raises(UsageError, match="attention_mask"):
         engines.target.decode(feeds, CachedRows(block, 5))  # P is 4
-    for wrong, length in ((block[:-1], 4), (block, 10), (block.astype(np.float64), 4)):
+    several = np.zeros((2 * layers, 2, 4, size), np.float32)
+    wrongs = [(block[:-1], 4), (block, 10), (block.astype(np.float64), 4)]
+    wrongs += [(several, 4), (several[:, :, :3], 3), (several[:, :1], 3)]
+    for wrong, length in wrongs:
         with pytest.raises(UsageError, match="cached rows are"):
             engines.target.decode(feeds, CachedRows(wrong, length))
     few = {name: array for name, array in feeds.items() if name != "rows"}

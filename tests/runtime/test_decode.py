@@ -180,7 +180,7 @@ class TestDrafterIsUsedWell:
         rounds = run(model, Request(PROMPT, 40, tree=WIDE))
         text = PROMPT + tokens_of(rounds)
         _, _, keys = full_pass(model.decoder, text)
-        past = model.target._cache.past()
+        past = model.target.cache.past()
         assert model.target.length == len(text) - 1  # the last token is never fed
         for layer, expected in enumerate(keys):
             found = past.block[2 * layer, : past.length]

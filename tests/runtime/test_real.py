@@ -16,7 +16,9 @@ from engines import build_engines
 from export.model import export_model
 from pipeline.prompts import own_prompts
 from pipeline.stages import pretrained_folder
+from runtime.batch_generator import BatchGenerator
 from runtime.generator import Generator
+from runtime.prefixes import PrefixCache
 from runtime.sampling import SamplingConfig, target_law
 
 pytestmark = pytest.mark.real
@@ -26,12 +28,18 @@ TOP_THREE = {"temperature": 1.0, "top_k": 3}
 
 
 @pytest.fixture(scope="session")
-def generator(real_target_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Generator:
+def engine(real_target_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The default target and its shipped drafter, exported and built here."""
     folder = tmp_path_factory.mktemp("real")
     export_model(real_target_dir, pretrained_folder() / "smollm2-135m", folder / "export")
     build_engines(folder / "export", folder / "engine")
-    return Generator.load(folder / "engine")
+    return folder / "engine"
+
+
+@pytest.fixture(scope="session")
+def generator(engine: Path) -> Generator:
+    """A Generator over that engine."""
+    return Generator.load(engine)
 
 
 def test_greedy_text_is_that_of_plain_decoding_and_tau_pays(generator: Generator) -> None:
@@ -101,3 +109,16 @@ def test_sampled_beginnings_follow_the_targets_law(
     assert set(counts) <= set(law)
     assert chi_square_p(counts, law) > 1e-4
     assert chi_square_p(counts, wrong) < 1e-4
+
+
+def test_a_batch_answers_as_each_request_alone(generator: Generator, engine: Path) -> None:
+    """Four at once, with trees and without, a fifth that joins later; and the same again, their
+    prompts kept.
+    """
+    together = BatchGenerator.load(engine, prefixes=PrefixCache(2**28), max_batch=4)
+    prompts = [prompt.text for prompt in own_prompts(5).prompts]
+    alone = [generator.generate(text, max_tokens=48, speculate=False) for text in prompts]
+    for speculate in (False, True, True):
+        found = together.generate_all(prompts, max_tokens=48, speculate=speculate)
+        assert [done.token_ids for done in found] == [done.token_ids for done in alone]
+    assert all(done.reused_tokens == done.prompt_tokens - 1 for done in found)

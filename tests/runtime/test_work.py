@@ -44,9 +44,9 @@ def test_a_round_copies_the_accepted_rows_once_for_all_layers() -> None:
     """
     model = tiny()
     rounds = rounds_of(model, CHAIN, speculate=True)
-    assert model.target._cache.copies == 1 + len(rounds)
+    assert model.target.cache.copies == 1 + len(rounds)
     calls = sum(one.stats.work.drafter_calls for one in rounds)
-    assert model.drafter._cache.copies == calls
+    assert model.drafter.cache.copies == calls
 
 
 def test_a_tree_feeds_the_target_its_nodes_and_the_root() -> None:

@@ -20,6 +20,7 @@ from drafter.config import DrafterConfig, TargetConfig, drafter_config_for
 from drafter.decoder import TargetDecoder, rope_tables
 from drafter.eagle3 import Drafter
 from engines.base import Arrays, CachedRows, decode_by_run
+from engines.torch_backend import rows_of
 from export.contract import GraphContract, drafter_contract, target_contract
 from runtime.drafter import EngineDrafter
 from runtime.target import EngineTarget
@@ -35,6 +36,7 @@ class Tiny(NamedTuple):
     drafter: EngineDrafter
     decoder: TargetDecoder
     engines: dict[str, TinyEngine]
+    drafter_config: DrafterConfig
 
 
 class TinyEngine:
@@ -58,7 +60,7 @@ class TinyEngine:
         """One pass."""
         assert set(feeds) == set(self.input_names)
         assert all(value.is_contiguous() for value in feeds.values())
-        assert self.contract.check(feeds)["B"] == 1
+        self.contract.check(feeds)
         self.calls.append({name: value.clone() for name, value in feeds.items()})
         outputs = self._compute(feeds)
         for stale in self._last.values():
@@ -119,6 +121,7 @@ def tiny(
         EngineDrafter(extend, step, drafter_config, max_context),
         decoder,
         engines,
+        drafter_config,
     )
 
 
@@ -149,7 +152,7 @@ def _target_engine(decoder: TargetDecoder) -> TinyEngine:
             [feeds[f"past_key_{i}"] for i in layers],
             [feeds[f"past_value_{i}"] for i in layers],
         )
-        logits = decoder.logits(out.states[:, feeds["rows"][0]])
+        logits = decoder.logits(rows_of(out.states, feeds["rows"]))
         keys = {f"new_key_{i}": rows for i, rows in enumerate(out.new_keys)}
         values = {f"new_value_{i}": rows for i, rows in enumerate(out.new_values)}
         return {"logits": logits, "taps": out.taps, **keys, **values}
@@ -158,7 +161,7 @@ def _target_engine(decoder: TargetDecoder) -> TinyEngine:
 
 
 def _top_k(scores: Tensor, k: int) -> dict[str, Tensor]:
-    """The head's outputs for scores [1, R, V], by a full sort; ties to the lower id."""
+    """The head's outputs for scores [B, R, V], by a full sort; ties to the lower id."""
     total = scores.logsumexp(-1)
     values, ids = scores.sort(dim=-1, descending=True, stable=True)
     return {
@@ -173,13 +176,14 @@ def _drafter_engines(
     run: Callable[[Mapping[str, Tensor], Tensor, Tensor], dict[str, Tensor]],
     fuse: Callable[[Tensor], Tensor],
 ) -> tuple[TinyEngine, TinyEngine]:
-    """`run(feeds, hidden, rows)` computes a pass whose features [1, T, H] are `hidden`."""
+    """`run(feeds, hidden, rows)` computes a pass whose features [B, T, H] are `hidden`."""
 
     def extend(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return run(feeds, fuse(feeds["taps"]), feeds["rows"][0])
+        return run(feeds, fuse(feeds["taps"]), feeds["rows"])
 
     def step(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return run(feeds, feeds["parent_state"], torch.arange(feeds["input_ids"].shape[1]))
+        batch, steps = feeds["input_ids"].shape
+        return run(feeds, feeds["parent_state"], torch.arange(steps).expand(batch, -1))
 
     return (
         TinyEngine(drafter_contract(config, "extend"), extend),
@@ -203,7 +207,7 @@ def _eagle(
             feeds["past_key_0"],
             feeds["past_value_0"],
         )
-        state = out.state[:, rows]
+        state = rows_of(out.state, rows)
         scores = decoder.logits(model.head_input(state))
         return {
             **_top_k(scores, config.top_k),
@@ -234,7 +238,7 @@ def _twin(
             x, key, value = layer(x, cos, sin, feeds["attention_mask"], past_key, past_value)
             keys.append(key)
             values.append(value)
-        state = x[:, rows]
+        state = rows_of(x, rows)
         scores = decoder.logits(decoder.norm(state)) + torch.tanh(state) @ disturb
         return {
             **_top_k(scores, config.top_k),

@@ -18,11 +18,15 @@ import torch
 from openai import OpenAI
 
 from drafter.tokenizer import ChatTokenizer
+from runtime.batch import Batch
+from runtime.batch_generator import BatchGenerator
 from runtime.generator import Generator, Piece
+from runtime.member import Models
+from runtime.prefixes import PrefixCache
 from runtime.server import ServerSettings, create_app
 from runtime.server.listen import DrainingServer, make_server, open_socket
 from runtime.tree import TreeConfig
-from tests.runtime.tiny_engines import tiny
+from tests.runtime.tiny_engines import Tiny, tiny
 from tests.tiny_llama import CHAT_TEMPLATE, SPECIAL_TOKENS, tiny_tokenizer
 
 TEXT = "Hé🎉lo €wards!"  # no token twice, so that each has one successor
@@ -107,8 +111,36 @@ class ValvedGenerator(Generator):
             self.active -= 1
 
 
+class ValvedBatchGenerator(BatchGenerator):
+    """A BatchGenerator whose next step begins when the valve lets it."""
+
+    valve: Valve
+
+    def _step(self) -> None:
+        self.valve.wait()
+        super()._step()
+
+
 def scripted_generator(noise: float = 2.0) -> ValvedGenerator:
     """A generator of the script; `noise` spoils some of the drafter's guesses."""
+    model, tokenizer = _script(noise)
+    generator = ValvedGenerator(model.target, model.drafter, tokenizer, eos_ids=[END], tree=TREE)
+    generator.valve, generator.head = Valve(), model.decoder.lm_head.weight
+    return generator
+
+
+def scripted_batch(max_batch: int, max_rows: int | None = None) -> ValvedBatchGenerator:
+    """The same for several requests at a time, with a prefix cache."""
+    model, tokenizer = _script(2.0)
+    engines = model.engines["target"], model.engines["extend"], model.engines["step"]
+    models = Models(*engines, model.decoder.config, model.drafter_config, CONTEXT)
+    batch = Batch(models, max_batch, max_rows=max_rows, prefixes=PrefixCache(2**20))
+    generator = ValvedBatchGenerator(batch, tokenizer, eos_ids=[END], tree=TREE)
+    generator.valve = Valve()
+    return generator
+
+
+def _script(noise: float) -> tuple[Tiny, ChatTokenizer]:
     raw = tiny_tokenizer()
     named = {"bos_token": SPECIAL_TOKENS[1], "eos_token": SPECIAL_TOKENS[2]}
     tokenizer = ChatTokenizer(raw, CHAT_TEMPLATE, [END], named)
@@ -121,9 +153,7 @@ def scripted_generator(noise: float = 2.0) -> ValvedGenerator:
     first, last = tokenizer.encode("0")[0], tokenizer.encode("9")[0]
     successor[last] = first
     _obey(model.decoder, successor)
-    generator = ValvedGenerator(model.target, model.drafter, tokenizer, eos_ids=[END], tree=TREE)
-    generator.valve, generator.head = Valve(), model.decoder.lm_head.weight
-    return generator
+    return model, tokenizer
 
 
 def _chain(tokens: list[int]) -> dict[int, int]:
@@ -144,11 +174,14 @@ def _obey(decoder: torch.nn.Module, successor: dict[int, int]) -> None:
         head[follower] = 4 * embed[token]
 
 
+AnyGenerator = ValvedGenerator | ValvedBatchGenerator
+
+
 class Running:
     """A server in a thread."""
 
-    def __init__(self, generator: ValvedGenerator, settings: ServerSettings) -> None:
-        self.generator = generator
+    def __init__(self, generator: AnyGenerator, settings: ServerSettings) -> None:
+        self.generator: Any = generator
         self.app = create_app(generator, settings)
         self.server: DrainingServer = make_server(self.app)
         self.listener = open_socket("127.0.0.1", 0)
@@ -186,7 +219,7 @@ class Running:
 
 
 @contextmanager
-def running(generator: ValvedGenerator, **settings: Any) -> Iterator[Running]:
+def running(generator: AnyGenerator, **settings: Any) -> Iterator[Running]:
     """Serve the generator on a free port."""
     generator.valve.open()
     found = Running(generator, ServerSettings(model_name=MODEL, **settings))

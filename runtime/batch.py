@@ -1,0 +1,201 @@
+"""Continuous batching: requests join and leave between rounds, and decode in passes they share.
+
+Every `step` is one chunk of one joining request's prompt and one round of all running requests. So
+between two rounds of a running request at most `prefill_chunk` prompt tokens are fed, however long
+the prompts of others are; joining requests take turns, so that one of c chunks among j starts after
+at most c * j steps; and who waits is admitted in order of arrival, overtaken by nobody.
+
+The output of a request is that of `runtime.decode`: it has its own tree, dice and caches, and
+padding is never attended. A request with a seed keeps its own tree size too, whatever the batch;
+the others' follows the batch (`runtime.batch_budget`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+from drafter.errors import UsageError
+from runtime.batch_budget import Budget, Player, Shape, shaped
+from runtime.batch_costs import Costs
+from runtime.batch_round import BatchRound, Outcome
+from runtime.decode import Round, check_request
+from runtime.member import Member, Models, most_rows
+from runtime.prefixes import PrefixCache
+from runtime.progress import Request
+from runtime.sampling import Dice
+from runtime.slots import Slots
+from runtime.stats import RoundStats
+from runtime.tree import TreeConfig
+
+MAX_BATCH = 64  # sequences of one pass; beyond, padding and Python cost more than a pass saves
+BATCH_PREFILL_CHUNK = 128  # prompt tokens between two rounds of the others
+
+
+class Batch:
+    """Up to `max_batch` requests at a time; `max_waiting` more may wait.
+
+    `max_rows` bounds the tokens, prompt and answer, that the requests in it may come to: memory
+    for more is never asked for. Raises UsageError for a `max_batch` out of range.
+    """
+
+    def __init__(
+        self,
+        models: Models,
+        max_batch: int,
+        *,
+        max_waiting: int | None = None,
+        max_rows: int | None = None,
+        prefill_chunk: int = BATCH_PREFILL_CHUNK,
+        budget: Budget | None = None,
+        prefixes: PrefixCache | None = None,
+        costs: Costs | None = None,
+    ) -> None:
+        if not 1 <= max_batch <= MAX_BATCH:
+            raise UsageError(
+                f"max_batch is {max_batch}; it must be at least 1, and this engine takes at most "
+                f"{MAX_BATCH} sequences in one pass."
+            )
+        self.max_batch = max_batch
+        self.budget = budget or Budget(costs)
+        self.prefixes = prefixes
+        self.running: list[Member] = []
+        self.last_batch = 0  # requests in the last round
+        self.models = models
+        self._max_waiting = max_waiting
+        self._max_rows = max_rows
+        self._prefill_chunk = prefill_chunk
+        self._waiting: deque[Member] = deque()
+        self._joining: deque[Member] = deque()
+        target, context = models.target_config, models.max_context
+        self._target = Slots(target.num_layers, target.kv_size, max_batch, context)
+        self._drafter = Slots(1, models.drafter_config.kv_size, max_batch, context)
+
+    @property
+    def members(self) -> list[Member]:
+        """All requests: running, joining and waiting."""
+        return [*self.running, *self._joining, *self._waiting]
+
+    def add(self, request: Request, dice: Dice, speculate: bool = True) -> Member:
+        """Let a request wait for its place. Raises UsageError where it cannot be decoded, needs
+        more memory than the batch has, or too many wait.
+        """
+        gains = None
+        if speculate:
+            gains = self.budget.gains(request.tree, drawn=not request.sampling.greedy)
+        member = Member(request, dice, self.models, gains)
+        check_request(request, member.target, member.drafter)
+        self.check_memory(request)
+        self._check_waiting()
+        self._waiting.append(member)
+        return member
+
+    def remove(self, member: Member, broken: bool = False) -> None:
+        """Let a request go, wherever it is; one that is gone is left alone."""
+        places: tuple[deque[Member] | list[Member], ...]
+        places = self._waiting, self._joining, self.running
+        for place in places:
+            if member in place:
+                place.remove(member)
+                member.leave(broken)
+
+    def step(self) -> dict[Member, Outcome]:
+        """A chunk of a prompt and a round of those that ran before; what each of them came to.
+
+        Requests that ended, or failed, are gone when this returns.
+        """
+        self._admit()
+        running = list(self.running)
+        outcomes = self._feed()
+        self.last_batch = len(running)
+        if running:
+            outcomes |= BatchRound(self.models, self.budget.costs).run(self._trees(running))
+        for member, outcome in outcomes.items():
+            if isinstance(outcome, Exception):
+                self.remove(member, broken=True)
+                continue
+            member.text += outcome.tokens
+            if member.progress.finish is not None:
+                self._keep(member)
+                self.remove(member)
+        return outcomes
+
+    def check_memory(self, request: Request) -> None:
+        """Refuse a request that could never have its rows. Raises UsageError."""
+        rows = most_rows(request, self.models)
+        if self._max_rows is not None and rows > self._max_rows:
+            mib = self.models.row_bytes / 2**20
+            raise UsageError(
+                f"the request may come to {rows} tokens, {rows * mib:.0f} MiB of "
+                f"cached rows, but all requests together have {self._max_rows * mib:.0f} MiB; "
+                "shorten the prompt or ask for fewer tokens."
+            )
+
+    def _check_waiting(self) -> None:
+        if self._max_waiting is not None and len(self._waiting) >= self._max_waiting + self._free:
+            raise UsageError(
+                f"{self.max_batch} requests are being answered (max_batch) and "
+                f"{self._max_waiting} wait (max_waiting); ask again when one has ended."
+            )
+
+    @property
+    def _free(self) -> int:
+        return self.max_batch - len(self.running) - len(self._joining)
+
+    def _admit(self) -> None:
+        """Those who waited longest, while there are slots and memory for them."""
+        while self._waiting and self._free:
+            held = sum(member.rows for member in (*self.running, *self._joining))
+            if self._max_rows is not None and held + self._waiting[0].rows > self._max_rows:
+                return
+            self._joining.append(self._waiting.popleft())
+
+    def _feed(self) -> dict[Member, Outcome]:
+        """A chunk of the next joining prompt; with its last one the request starts to run."""
+        if not self._joining:
+            return {}
+        start = time.perf_counter()
+        member = self._joining.popleft()
+        self._joining.append(member)  # behind the others
+        try:
+            if self.prefixes is not None and not member.fed:
+                member.resume(self.prefixes)
+            block = member.feed(min(self._prefill_chunk, member.request.prefill_chunk))
+            if block is not None and block.finish is None:
+                self._keep(member)
+                member.join(self._target, self._drafter)
+        except Exception as error:
+            return {member: error}
+        seconds = time.perf_counter() - start
+        if block is None:
+            return {member: Round([], RoundStats(0, 0, 0, 0, seconds, 0, prompt=True), None)}
+        self._joining.remove(member)
+        self.running.append(member)
+        stats = RoundStats(len(block.tokens), 0, 0, 0, seconds, 0, prompt=True)
+        return {member: Round(block.tokens, stats, block.finish)}
+
+    def _keep(self, member: Member) -> None:
+        """Keep the rows of its text for prompts that begin alike."""
+        if self.prefixes is not None:
+            self.prefixes.keep(member.text, member.target, member.drafter)
+
+    def _trees(self, running: list[Member]) -> dict[Member, TreeConfig | None]:
+        """The tree that each running request may draft in this round."""
+        players = [
+            Player(member.gains, member.request.tree, _reproducible(member))
+            for member in running
+            if member.gains is not None
+        ]
+        shape = self.budget.choose(players, len(running))
+        return {member: self._tree(member, shape) for member in running}
+
+    def _tree(self, member: Member, shape: Shape) -> TreeConfig | None:
+        tree = member.request.tree
+        chosen = tree if _reproducible(member) else shaped(tree, shape)
+        return None if chosen is None else member.progress.fitted(member.target.length, chosen)
+
+
+def _reproducible(member: Member) -> bool:
+    """Whether the draft tree must not follow the batch: what is drawn depends on its size."""
+    sampling = member.request.sampling
+    return not sampling.greedy and sampling.seed is not None

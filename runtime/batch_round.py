@@ -1,0 +1,164 @@
+"""One round of several requests: drafter passes level by level, one target pass, then each
+request's own verification, as in `runtime.decode`.
+
+What goes wrong with one request ends that request alone; a pass that fails ends those in it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from engines.base import Arrays, Engine
+from runtime.batch_budget import Shape
+from runtime.batch_costs import Costs, Kind
+from runtime.candidates import Proposals
+from runtime.decode import Round
+from runtime.drafter import EngineDrafter
+from runtime.member import Member, Models
+from runtime.progress import Block
+from runtime.stats import RoundStats, Work
+from runtime.target import Feeds
+from runtime.together import Part, run_together
+from runtime.tree import DraftTree, Growth, TreeConfig
+
+Outcome = Round | Exception
+
+
+class BatchRound:
+    """One round; `outcomes` of all members when `run` is over."""
+
+    def __init__(self, models: Models, costs: Costs) -> None:
+        self.outcomes: dict[Member, Outcome] = {}
+        self._models = models
+        self._costs = costs
+        self._work: dict[Member, Work] = {}  # of each member before the round
+        self._start = time.perf_counter()
+        self._seconds: dict[Kind, float] = {"verify": 0.0, "extend": 0.0, "step": 0.0}
+
+    def run(self, trees: Mapping[Member, TreeConfig | None]) -> dict[Member, Outcome]:
+        """One round of the members, with the tree each of them may draft; None: plain."""
+        self._work = {member: member.work() for member in trees}
+        drafted = self._draft({m: tree for m, tree in trees.items() if tree is not None})
+        whole = {
+            member: drafted.get(member) or DraftTree.root_only(member.progress.root)
+            for member in trees
+            if member not in self.outcomes
+        }
+        self._verify(whole, trees)
+        return self.outcomes
+
+    def _draft(self, trees: Mapping[Member, TreeConfig]) -> dict[Member, DraftTree]:
+        growths: dict[Member, Growth] = {}
+        for member, first in self._extend(list(trees)).items():
+            growths[member] = member.progress.growing(first, trees[member])
+        done: dict[Member, DraftTree] = {}
+        # The first `send` of a generator must send None.
+        sent: dict[Member, Proposals | None] = dict.fromkeys(growths)
+        while sent:
+            frontiers = {}
+            for member, proposals in sent.items():
+                try:
+                    frontiers[member] = growths[member].send(proposals)  # type: ignore[arg-type]
+                except StopIteration as end:
+                    done[member] = end.value
+                except Exception as error:
+                    self.outcomes[member] = error
+            sent = dict(
+                self._pass(
+                    "step",
+                    self._models.step,
+                    {m: _drafter(m).step_feeds(f) for m, f in frontiers.items()},
+                    lambda member, outputs: _drafter(member).stepped(outputs),
+                )
+            )
+        return done
+
+    def _extend(self, members: Sequence[Member]) -> dict[Member, Proposals]:
+        feeds: dict[Member, Feeds] = {}
+        for member in members:
+            start = time.perf_counter()
+            try:
+                member.catch_up()
+            except Exception as error:
+                self.outcomes[member] = error
+                continue
+            self._seconds["extend"] += time.perf_counter() - start
+            feeds[member] = _drafter(member).extend_feeds(*member.progress.pending.take())
+        return self._pass(
+            "extend",
+            self._models.extend,
+            feeds,
+            lambda member, outputs: _drafter(member).extended(outputs),
+        )
+
+    def _pass(
+        self,
+        kind: Kind,
+        engine: Engine,
+        feeds: Mapping[Member, Feeds],
+        read: Callable[[Member, Arrays], Proposals],
+    ) -> dict[Member, Proposals]:
+        """One drafter pass of several members, and what each reads from it."""
+        parts = [Part(fed, member.drafter_slot) for member, fed in feeds.items()]
+        found: dict[Member, Proposals] = {}
+        for member, outputs in zip(feeds, self._run(kind, engine, parts, feeds), strict=False):
+            try:
+                found[member] = read(member, outputs)
+            except Exception as error:  # a full context, or no memory for it
+                self.outcomes[member] = error
+        return found
+
+    def _run(
+        self, kind: Kind, engine: Engine, parts: list[Part], members: Mapping[Member, object]
+    ) -> list[Arrays]:
+        if not parts:
+            return []
+        start = time.perf_counter()
+        try:
+            outputs = run_together(engine, parts)
+        except Exception as error:
+            self.outcomes.update(dict.fromkeys(members, error))
+            return []
+        seconds = time.perf_counter() - start
+        self._seconds[kind] += seconds
+        self._costs.observe(kind, len(parts), max(part.sizes[0] for part in parts), seconds)
+        return outputs
+
+    def _verify(
+        self, whole: Mapping[Member, DraftTree], trees: Mapping[Member, TreeConfig | None]
+    ) -> None:
+        parts = [m.target_part(m.target.verify_feeds(tree)) for m, tree in whole.items()]
+        passed = self._run("verify", self._models.target, parts, whole)
+        emitted = {}
+        for (member, tree), outputs in zip(whole.items(), passed, strict=False):
+            try:
+                verdict = member.progress.verify(tree, member.target.verified(outputs))
+                taps = member.target.commit([0, *verdict.path])
+                emitted[member] = member.progress.advance(tree, verdict, taps)
+            except Exception as error:
+                self.outcomes[member] = error
+                continue
+            shape = trees[member]
+            if member.gains is not None and shape is not None:
+                member.gains.observe(tree, verdict.path, Shape(shape.depth, shape.budget))
+        self._tell(emitted, whole)
+
+    def _tell(self, emitted: Mapping[Member, Block], whole: Mapping[Member, DraftTree]) -> None:
+        """What the round was for each of those that came through it."""
+        check = self._seconds["verify"]
+        draft = self._seconds["extend"] + self._seconds["step"]
+        own = time.perf_counter() - self._start - draft - check
+        if whole:
+            self._costs.observe("own", len(whole), max(map(len, whole.values())), own)
+        for member, block in emitted.items():
+            count, drafted = len(block.tokens), len(whole[member]) - 1
+            work = member.work() - self._work[member]
+            stats = RoundStats(count, block.accepted, drafted, draft, check, own, work=work)
+            self.outcomes[member] = Round(block.tokens, stats, block.finish)
+
+
+def _drafter(member: Member) -> EngineDrafter:
+    """Of a member that drafts."""
+    assert member.drafter is not None
+    return member.drafter

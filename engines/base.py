@@ -24,6 +24,7 @@ from drafter.heads import head_products
 from drafter.heads.cost import HeadCost, Product, float32_bytes, forward_cost
 from engines.formats import INT4, INT8, Format
 from export.contract import GRAPHS, GraphName
+from export.files import EMBEDDING, HEAD_ROWS
 
 KIND = "engine"
 MEND = "pipeline build-engine"
@@ -33,11 +34,19 @@ FACTORS = ("head.down.weight", "head.up.weight")
 
 
 class Precision(NamedTuple):
-    """Which graphs have rounded weights, which weights of them (None: all), and how."""
+    """Which graphs have rounded weights, which weights of them (None: all), and how: those of the
+    target's layers as `layers`, all others as `form`.
+    """
 
     graphs: tuple[GraphName, ...] = ()
     only: tuple[str, ...] | None = None
     form: Format = INT8
+    layers: Format = INT8
+
+    def form_of(self, graph: GraphName, matrix: str) -> Format:
+        """How a matrix of a graph is stored."""
+        inner = graph == "target" and matrix not in (EMBEDDING, HEAD_ROWS)
+        return self.layers if inner else self.form
 
 
 # The drafter alone may be int8: that changes how often a guess is right, never the text, which only
@@ -49,7 +58,8 @@ PRECISIONS: dict[str, Precision] = {
     "int8-factors": Precision(DRAFTER_GRAPHS, only=FACTORS),
     "int8-drafter": Precision(DRAFTER_GRAPHS),
     "int8": Precision(GRAPHS),
-    "int4": Precision(GRAPHS, form=INT4),
+    # The drafter and both heads keep 8 bits: they are small, and rounding them costs more.
+    "int4": Precision(GRAPHS, layers=INT4),
 }
 
 

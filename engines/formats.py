@@ -9,24 +9,25 @@ from dataclasses import dataclass
 class Format:
     """`bits` (8 or 4) for a weight; `block` weights of a row share a float scale.
 
-    `offset`: each block also has the whole number that means 0; without it the middle does.
+    `shifted`: each block also has a float that step 0 means. Weights that lie on 2^bits evenly
+    spaced values of their block, as those of a Q4_1 file do, are then stored without loss. Without
+    it the middle step means 0.
     """
 
     bits: int
     block: int = 32
-    offset: bool = False
+    shifted: bool = False
 
     @property
     def middle(self) -> int:
-        """The stored number that means 0 in a block without an offset."""
+        """The step that means 0 in a block without a shift."""
         return 1 << (self.bits - 1)
 
     def bytes(self, rows: int, columns: int) -> int:
-        """Of a matrix as stored: a row is padded to whole blocks, its offsets to whole bytes."""
+        """Of a matrix as stored: a row is padded to whole blocks."""
         blocks = -(-columns // self.block)
-        offsets = -(-blocks * self.bits // 8) if self.offset else 0
-        return rows * (blocks * (self.block * self.bits // 8 + 4) + offsets)
+        return rows * blocks * (self.block * self.bits // 8 + (8 if self.shifted else 4))
 
 
 INT8 = Format(bits=8)
-INT4 = Format(bits=4, offset=True)
+INT4 = Format(bits=4, shifted=True)

@@ -8,6 +8,7 @@ weights rounded. Where what they do changes, raise the `recipe` of the backend (
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import onnx_ir as ir
@@ -35,10 +36,10 @@ def build_graphs(export_folder: Path, out: Path, precision: str) -> None:
     models = {graph: optimised(export_folder / f"{graph}.onnx", out) for graph in GRAPHS}
     for graph, model in models.items():
         # Blocks of a rounded row must stay whole.
-        group_heads(model, whole=chosen.form.block if graph in chosen.graphs else 1)
+        group_heads(model, whole=chosen.layers.block if graph in chosen.graphs else 1)
         merge_products(model)
     for graph in chosen.graphs:
-        if not quantise(models[graph], chosen.form, chosen.only):
+        if not quantise(models[graph], partial(chosen.form_of, graph), chosen.only):
             named = " and ".join(chosen.only or ("products",))
             raise UsageError(
                 f"precision '{precision}' rounds {named}, but graph '{graph}' of {export_folder} "

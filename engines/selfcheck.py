@@ -76,7 +76,8 @@ def _rounded_comparands(
     chosen = PRECISIONS[manifest.precision]
     for module in modules:
         if chosen.only is None:
-            replace_linears(module, chosen.form)
+            inner = chosen.layers if module is not modules[0] else chosen.form  # of the target
+            replace_linears(module, inner, head=chosen.form)
         elif isinstance(module, Drafter) and isinstance(module.lm_head, LowRankHead):
             replace_factors(module.lm_head, chosen.form, chosen.only)
         round_activations(module, False)

@@ -17,23 +17,29 @@ from drafter.heads.dense import DenseHead, TargetHead
 from drafter.heads.low_rank import LowRankHead
 from drafter.heads.truncated import TruncatedHead
 from engines.formats import Format
-from engines.weight_only import quantise_dequantise
+from engines.weight_only import quantise_dequantise, round_matrix
 
 
 class RoundedLinear(nn.Module):
-    """x round(W)^T + b; with `rounds_activations`, round(x) round(W)^T + b."""
+    """x round(W)^T + b; with `rounds_activations`, x is rounded for all of that but the shifts."""
 
     def __init__(self, weight: Tensor, form: Format, bias: Tensor | None = None) -> None:
         super().__init__()
         self.block = form.block
         self.in_features, self.out_features = weight.shape[1], weight.shape[0]
         self.weight = nn.Parameter(quantise_dequantise(weight, form), requires_grad=False)
+        shifts = torch.from_numpy(round_matrix(weight.detach().numpy(), form).shifts)
+        spread = shifts.repeat_interleave(form.block, dim=1)[:, : weight.shape[1]]  # [out, in]
+        self.shifts = spread if form.shifted else None
         self.bias = bias
         self.rounds_activations = True
 
     def forward(self, x: Tensor) -> Tensor:
-        x = round_in_blocks(x, self.block) if self.rounds_activations else x
-        return F.linear(x, self.weight, self.bias)
+        if not self.rounds_activations:
+            return F.linear(x, self.weight, self.bias)
+        rounded = round_in_blocks(x, self.block)
+        product = F.linear(rounded, self.weight, self.bias)
+        return product if self.shifts is None else product + F.linear(x - rounded, self.shifts)
 
 
 def round_in_blocks(x: Tensor, block: int) -> Tensor:
@@ -53,11 +59,14 @@ def replace_factors(head: LowRankHead, form: Format, only: Collection[str]) -> N
             setattr(head, name, RoundedLinear(getattr(head, name).weight, form))
 
 
-def replace_linears(module: nn.Module, form: Format) -> None:
-    """Replace every linear layer, and the matrix of a dense head, in place."""
+def replace_linears(module: nn.Module, form: Format, head: Format | None = None) -> None:
+    """Replace every linear layer, and the matrix of a dense head, in place; `head`: the format of
+    a layer called `lm_head`, where it is another one.
+    """
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
-            setattr(module, name, RoundedLinear(child.weight, form, child.bias))
+            chosen = head if head is not None and name == "lm_head" else form
+            setattr(module, name, RoundedLinear(child.weight, chosen, child.bias))
         elif isinstance(child, DenseHead | TargetHead):
             weight = child.weight if isinstance(child, DenseHead) else child.target_rows[0]
             child.rounded = RoundedLinear(weight, form)

@@ -20,7 +20,7 @@ from engines import build_engines, open_engines
 from engines.formats import INT4, INT8, Format
 from engines.onnxruntime_build import build_graphs
 from engines.torch_backend import torch_engines
-from engines.weight_only import node_attributes, node_inputs, quantise_dequantise, round_matrix
+from engines.weight_only import node_inputs, quantise, quantise_dequantise, round_matrix
 from engines.weight_only_reference import (
     RoundedLinear,
     replace_linears,
@@ -37,21 +37,19 @@ def matrix(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
 
 
-FORMATS = [INT8, INT4, Format(4), Format(4, 64, offset=True), Format(4, 16)]
+FORMATS = [INT8, INT4, Format(4), Format(4, 64, shifted=True), Format(4, 16)]
 
 
 @given(st.sampled_from(FORMATS), st.integers(1, 9), st.integers(1, 100), st.integers(0, 99))
 def test_a_weight_moves_by_at_most_half_a_step_of_its_block(
     form: Format, rows: int, columns: int, seed: int
 ) -> None:
-    """But for the far end of 4 bits without offsets, which has one step less on one side, and for
-    an offset that is rounded to a whole step.
-    """
+    """But for the far end of 4 bits without shifts, which has one step less on one side."""
     weight = matrix(rows, columns, seed)
     scales = round_matrix(weight.numpy(), form).scales
     steps = torch.from_numpy(scales).abs().repeat_interleave(form.block, dim=1)[:, :columns]
     moved = (quantise_dequantise(weight, form) - weight).abs()
-    assert (moved <= steps * (0.5 if form.bits == 8 else 1.0) + 1e-6).all()
+    assert (moved <= steps * (0.5 if form.bits == 8 or form.shifted else 1.0) + 1e-6).all()
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -67,7 +65,7 @@ def test_a_row_is_whole_blocks_each_with_a_scale() -> None:
     """72 columns are three blocks of 32 bytes and 4 of scale: half as much again as 72."""
     assert INT8.bytes(10, 72) == 10 * 3 * 36
     assert INT8.bytes(10, 64) == 10 * 2 * 36
-    assert INT4.bytes(10, 72) == 10 * (3 * 20 + 2)  # three offsets of half a byte
+    assert INT4.bytes(10, 72) == 10 * 3 * (16 + 8)  # each with a shift, too
     for form in FORMATS:
         stored = node_inputs(matrix(10, 72).numpy(), form).values()
         assert form.bytes(10, 72) == sum(numbers.nbytes for numbers in stored)
@@ -94,23 +92,48 @@ def test_the_kernel_and_the_reference_round_alike(
 def run_kernel(
     weight: torch.Tensor, x: torch.Tensor, form: Format, accuracy_level: int
 ) -> torch.Tensor:
-    """One MatMulNBits node in ONNX Runtime."""
-    stored = node_inputs(weight.numpy(), form)
+    """x W^T in ONNX Runtime, W rounded as a build rounds it."""
     size_out, size_in = weight.shape
-    attributes = node_attributes(size_in, size_out, form) | {"accuracy_level": accuracy_level}
-    inputs = ["x", *stored]
-    node = helper.make_node("MatMulNBits", inputs, ["y"], domain="com.microsoft", **attributes)
     graph = helper.make_graph(
-        [node],
+        [helper.make_node("MatMul", ["x", "weight"], ["y"])],
         "product",
         [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["M", size_in])],
         [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["M", size_out])],
-        [numpy_helper.from_array(numbers, name) for name, numbers in stored.items()],
+        [numpy_helper.from_array(weight.T.contiguous().numpy(), "weight")],
     )
     imports = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
-    file = helper.make_model(graph, opset_imports=imports, ir_version=10).SerializeToString()
+    model = ir.from_proto(helper.make_model(graph, opset_imports=imports, ir_version=10))
+    assert quantise(model, lambda _: form) == 1
+    for node in model.graph:
+        if node.op_type == "MatMulNBits":
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", accuracy_level)
+    file = ir.to_proto(model).SerializeToString()
     session = ort.InferenceSession(file, providers=["CPUExecutionProvider"])
     return torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+
+
+def test_weights_on_evenly_spaced_values_of_their_block_are_int4_without_loss() -> None:
+    """As those of a Q4_1 file: a least value and 15 steps of its own for each block."""
+    steps = torch.randint(0, 16, (24, 3, 32), generator=torch.Generator().manual_seed(3)).float()
+    steps[..., 0], steps[..., 1] = 0, 15  # both ends occur
+    scale, least = matrix(24, 3).abs()[..., None], matrix(24, 3, 1)[..., None]
+    weight = (steps * scale + least).reshape(24, 96)
+    torch.testing.assert_close(quantise_dequantise(weight, INT4), weight, rtol=1e-6, atol=1e-6)
+    assert (quantise_dequantise(weight, Format(4)) - weight).abs().max() > 0.05
+
+
+def test_of_an_int4_engine_the_targets_layers_alone_have_4_bits(
+    source: Source, tmp_path: Path
+) -> None:
+    """Both heads and the drafter have 8; the self-check has compared the graphs with PyTorch."""
+    build_engines(source.export, tmp_path / "engine", precision="int4", threads=1)
+    bits = {}
+    for graph in ("target", "drafter_extend", "drafter_step"):
+        nodes = ir.load(tmp_path / "engine" / f"{graph}.onnx").graph
+        found = [node for node in nodes if node.op_type == "MatMulNBits"]
+        bits[graph] = [node.attributes["bits"].as_int() for node in found]
+    assert bits["target"] == [4] * (3 * 4) + [8]
+    assert set(bits["drafter_extend"] + bits["drafter_step"]) == {8}
 
 
 def test_every_product_with_a_constant_is_int8_and_nothing_else_is(int8_dir: Path) -> None:

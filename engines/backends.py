@@ -87,7 +87,7 @@ def _open_torch(
 
 BACKENDS: dict[str, Backend] = {
     "onnxruntime": Backend(
-        tuple(PRECISIONS), "onnxruntime", _build_onnxruntime, _open_onnxruntime, recipe=2
+        tuple(PRECISIONS), "onnxruntime", _build_onnxruntime, _open_onnxruntime, recipe=3
     ),
     "torch": Backend(("fp32",), "torch", _build_torch, _open_torch),
 }

@@ -22,26 +22,29 @@ _SCORES = ("logits", "topk_logprobs", "log_sum_exp")
 @dataclass(frozen=True)
 class Tolerance:
     """`scores`: absolute; `states`: relative to the row's largest value; `agreement`: least share
-    of top-k ids that are equal or tied, two scores within `tie` being tied. `by_id`: candidates are
-    compared with the reference's of the same id, wherever they stand in the list.
+    of top-k ids that are equal or tied, two scores within `tie` being tied. `by_id`: where given,
+    candidates are compared with the reference's of the same id, wherever they stand in the list,
+    and this is the largest mean error.
     """
 
     scores: float = 1e-3
     states: float = 1e-3
     agreement: float = 1.0
     tie: float = 1e-3
-    by_id: bool = False
+    by_id: float | None = None
 
 
 EXACT = Tolerance()
 # An int8 engine as it runs rounds activations. A float error of one part in ten million moves some
 # value across a rounding step; one layer (the drafter) hardly shows it, thirty layers amplify it. A
 # head that rescores may preview one candidate instead of another, which moves all places below it:
-# so the drafter's candidates are compared by id.
+# so the drafter's candidates are compared by id. Of the default drafter, right engines have mean
+# errors of 0 to 0.018 and single ones up to 0.09 (inputs changed by a millionth give 0.11); one that
+# does not round activations has means of 0.032 and more after a prompt.
 ROUNDED: dict[str, Tolerance] = {
     "target": Tolerance(scores=4.0, states=1.0, agreement=0.75, tie=1.0),
-    "drafter_extend": Tolerance(scores=0.05, states=0.02, agreement=0.95, tie=0.05, by_id=True),
-    "drafter_step": Tolerance(scores=0.05, states=0.02, agreement=0.95, tie=0.05, by_id=True),
+    "drafter_extend": Tolerance(scores=0.05, states=0.02, agreement=0.95, tie=0.05, by_id=0.03),
+    "drafter_step": Tolerance(scores=0.05, states=0.02, agreement=0.95, tie=0.05, by_id=0.03),
 }
 
 
@@ -74,9 +77,10 @@ def compare(
             continue  # judged together with topk_logprobs
         absolute, relative = errors(reference[name], found[name])
         agreement = _agreement(name, reference, found, tolerance.tie)
-        if name == "topk_logprobs" and tolerance.by_id:
-            absolute, agreement = errors_by_id(reference, found, absolute)
         close = absolute <= tolerance.scores if name in _SCORES else relative <= tolerance.states
+        if name == "topk_logprobs" and tolerance.by_id is not None:
+            absolute, mean, agreement = errors_by_id(reference, found, absolute)
+            close = mean <= tolerance.by_id
         ok = close and (agreement is None or agreement >= tolerance.agreement)
         made.append(Comparison(contract.name, case, name, absolute, relative, agreement, ok))
     return made
@@ -107,18 +111,23 @@ def errors(reference: Tensor, found: Tensor) -> tuple[float, float]:
 
 def errors_by_id(
     reference: Mapping[str, Tensor], found: Mapping[str, Tensor], in_place: float
-) -> tuple[float, float]:
-    """Largest error of the log-probabilities of ids that both list, and the share of the
-    reference's ids [..., K] that are found. `in_place`: the error place by place, returned where it
-    is infinite (other shapes, numbers that are not finite).
+) -> tuple[float, float, float]:
+    """Of ids that both list, the largest and the mean error of log-probabilities; and the share of
+    the reference's ids [..., K] that are found. `in_place`: the error place by place; where it is
+    infinite (other shapes, numbers that are not finite), so are both. Candidates that do not stand
+    best first are infinitely wrong too.
     """
     ids, found_ids = reference["topk_ids"], found["topk_ids"]
-    if in_place == float("inf") or ids.shape != found_ids.shape or ids.numel() == 0:
-        return in_place, float(ids.shape == found_ids.shape)
-    same = ids[..., :, None] == found_ids[..., None, :]  # [..., K, K found]
     scores, found_scores = reference["topk_logprobs"], found["topk_logprobs"]
-    distances = (scores[..., :, None] - found_scores[..., None, :]).abs()  # [..., K, K found]
-    return float(torch.where(same, distances, 0).max()), float(same.any(dim=-1).float().mean())
+    wrong = in_place == float("inf") or ids.shape != found_ids.shape
+    if wrong or bool((found_scores.diff(dim=-1) > 0).any()):
+        return float("inf"), float("inf"), 0.0
+    same = ids[..., :, None] == found_ids[..., None, :]  # [..., K, K found]
+    distances = (scores[..., :, None] - found_scores[..., None, :]).abs()[same]
+    if not distances.numel():
+        return float("inf"), float("inf"), 0.0
+    share = float(same.any(dim=-1).float().mean())
+    return float(distances.max()), float(distances.mean()), share
 
 
 def _agreement(

@@ -125,8 +125,8 @@ def test_by_id_a_missing_candidate_costs_one_place_and_no_score() -> None:
         "topk_ids": torch.tensor([[[7, 9, 4, 5]]]),
         "topk_logprobs": torch.tensor([[[-1.01, -3.0, -4.0, -5.0]]]),
     }
-    error, agreement = errors_by_id(reference, found, in_place=1.0)
-    assert error == pytest.approx(0.01)
+    largest, mean, agreement = errors_by_id(reference, found, in_place=1.0)
+    assert (largest, mean) == (pytest.approx(0.01, rel=1e-4), pytest.approx(0.01 / 3, rel=1e-4))
     assert agreement == 0.75
 
 
@@ -139,5 +139,14 @@ def test_by_id_a_wrong_score_of_a_candidate_is_found_wherever_it_stands() -> Non
         "topk_ids": torch.tensor([[[3, 7, 9]]]),
         "topk_logprobs": torch.tensor([[[-0.5, -1.0, -3.0]]]),
     }
-    assert errors_by_id(reference, found, in_place=1.0) == (1.5, 1.0)
+    assert errors_by_id(reference, found, in_place=1.0) == (1.5, 0.5, 1.0)
     assert errors_by_id(reference, found, in_place=math.inf)[0] == math.inf
+
+
+def test_by_id_candidates_that_do_not_stand_best_first_are_wrong() -> None:
+    reference = {
+        "topk_ids": torch.tensor([[[7, 3]]]),
+        "topk_logprobs": torch.tensor([[[-1.0, -2.0]]]),
+    }
+    found = {name: tensor.flip(-1) for name, tensor in reference.items()}
+    assert errors_by_id(reference, found, in_place=1.0)[0] == math.inf

@@ -39,8 +39,8 @@ EXACT = Tolerance()
 # value across a rounding step; one layer (the drafter) hardly shows it, thirty layers amplify it. A
 # head that rescores may preview one candidate instead of another, which moves all places below it:
 # so the drafter's candidates are compared by id. Of the default drafter, right engines have mean
-# errors of 0 to 0.018 and single ones up to 0.09 (inputs changed by a millionth give 0.11); one that
-# does not round activations has means of 0.032 and more after a prompt.
+# errors of 0 to 0.018 and single ones up to 0.09 (inputs changed by a millionth give 0.11); one
+# that does not round activations has means of 0.032 and more after a prompt.
 ROUNDED: dict[str, Tolerance] = {
     "target": Tolerance(scores=4.0, states=1.0, agreement=0.75, tie=1.0),
     "drafter_extend": Tolerance(scores=0.05, states=0.02, agreement=0.95, tie=0.05, by_id=0.03),

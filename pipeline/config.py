@@ -94,7 +94,7 @@ class BenchOptions(TreeOptions):
     each answer `repeats` times. `peers`: names of `pipeline.peers.registry`.
     """
 
-    tree: tuple[Literal["default", "chain"], ...] = Field(("default",), min_length=1)
+    tree: tuple[TreeKind, ...] = Field(("default",), min_length=1)
     temperature: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = (0.0,)
     max_tokens: tuple[Annotated[int, Field(ge=1)], ...] = (128,)
     batch: tuple[Annotated[int, Field(ge=1)], ...] = (1,)

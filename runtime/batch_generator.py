@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from drafter.tokenizer import ChatTokenizer
-from runtime.batch import Batch
+from engines.base import EngineSet
+from runtime.batch import MAX_BATCH, Batch
 from runtime.batch_costs import costs_of
 from runtime.batch_limits import default_batch, default_rows
 from runtime.batch_round import Outcome
 from runtime.calibration import Tell
+from runtime.cost import CostModel
 from runtime.decode import Request
 from runtime.drafter import Drafter, EngineDrafter
 from runtime.generator import Answer, Completion, Generator, Piece, Prompt, Tokenizer
@@ -83,12 +85,25 @@ class BatchGenerator(Generator):
         folder = Path(engine_dir)
         engines = open_engines(folder, threads=threads, verify=True)
         known = known_costs(folder, lambda: engines, threads, tell, measure=adaptive)
-        models = Models.of(engines)
-        rows = default_rows(models) if max_rows is None else max_rows
+        rows = default_rows(Models.of(engines)) if max_rows is None else max_rows
         size = default_batch(rows, threads) if max_batch is None else max_batch
+        return cls.of(engines, known, prefixes, max_batch=size, max_rows=rows)
+
+    @classmethod
+    def of(
+        cls,
+        engines: EngineSet,
+        costs: CostModel | None = None,
+        prefixes: PrefixCache | None = None,
+        *,
+        max_batch: int = MAX_BATCH,
+        max_rows: int | None = None,
+    ) -> BatchGenerator:
+        """On an engine folder that is open; `max_batch` and `max_rows`: see `Batch`."""
         manifest = engines.manifest
+        models, measured = Models.of(engines), costs_of(costs)
         return cls(
-            Batch(models, size, max_rows=rows, prefixes=prefixes, costs=costs_of(known)),
+            Batch(models, max_batch, max_rows=max_rows, prefixes=prefixes, costs=measured),
             ChatTokenizer.load(manifest.folder),
             eos_ids=manifest.target.eos_token_ids,
             tree=TreeConfig.from_dict(manifest.tree),

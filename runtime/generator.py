@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 from drafter.errors import UsageError
 from drafter.tokenizer import ChatTokenizer
+from engines.base import EngineSet
 from runtime.calibration import Tell
 from runtime.cost import CostModel
 from runtime.decode import FinishReason, Request, Round, check_request, decode
@@ -154,17 +155,29 @@ class Generator:
         folder = Path(engine_dir)
         engines = open_engines(folder, threads=threads, verify=True)
         manifest = engines.manifest
-        context = manifest.max_context
         trees = [TreeConfig.from_dict(tree) for tree in (manifest.tree, manifest.drawn_tree)]
         needed = adaptive or any(tree.mode == "adaptive" for tree in trees)
+        costs = known_costs(folder, lambda: engines, threads, tell, measure=needed)
+        return cls.of(engines, costs, prefixes)
+
+    @classmethod
+    def of(
+        cls,
+        engines: EngineSet,
+        costs: CostModel | None = None,
+        prefixes: PrefixCache | None = None,
+    ) -> Generator:
+        """On an engine folder that is open."""
+        manifest = engines.manifest
+        context = manifest.max_context
         return cls(
             EngineTarget(engines.target, manifest.target, context),
             EngineDrafter(engines.extend, engines.step, manifest.drafter, context),
             ChatTokenizer.load(manifest.folder),
             eos_ids=manifest.target.eos_token_ids,
-            tree=trees[0],
-            drawn_tree=trees[1],
-            costs=known_costs(folder, lambda: engines, threads, tell, measure=needed),
+            tree=TreeConfig.from_dict(manifest.tree),
+            drawn_tree=TreeConfig.from_dict(manifest.drawn_tree),
+            costs=costs,
             prefixes=prefixes,
         )
 

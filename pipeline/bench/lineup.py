@@ -86,9 +86,15 @@ def _own(
         model=str(one.folder),
         precision=manifest.precision,
         base=base,
-        must_match=speculate and must_be_identical(manifest.precision, 0.0),
-        options={**options, "speculate": speculate},
+        must_match=must_be_identical(manifest.precision, 0.0),
+        options={**options, "speculate": speculate, "max_batch": max(chosen.batch)},
     )
+
+
+def needs_costs(contender: Contender) -> bool:
+    """Whether one of its trees follows the measured costs."""
+    trees = (contender.options.get(name) for name in ("greedy", "drawn"))
+    return contender.drafts and any(tree and tree["mode"] == "adaptive" for tree in trees)
 
 
 def peer_contenders(chosen: BenchOptions, base: str, target: TargetFolder) -> list[Contender]:

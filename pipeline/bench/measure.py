@@ -43,7 +43,7 @@ def measure(
     for place, name in enumerate(names):
         tell(f"warming up {name}", place / len(names))
         with _giving_up(name, kinds[name], failed):
-            _warm_up(processes[name], cells[0])
+            _warm_up(processes[name], [c for c in cells if takes_part(kinds[name], c)])
     start = time.monotonic()
     for done, (turn, name) in enumerate(todo):
         tell(_state(done, len(todo), time.monotonic() - start), done / len(todo))
@@ -70,10 +70,14 @@ def _giving_up(name: str, kind: str, failed: dict[str, str]) -> Iterator[None]:
         failed[name] = f"failed: {error}"
 
 
-def _warm_up(process: Process, cell: Cell) -> None:
-    (ask, *_) = cell.asks(0, 0)
-    for _ in range(2):
-        process.generate([ask._replace(max_tokens=min(_WARM_UP_TOKENS, ask.max_tokens))])
+def _warm_up(process: Process, cells: Sequence[Cell]) -> None:
+    """Two short answers of a first group at each batch."""
+    for cell in {cell.batch: cell for cell in reversed(cells)}.values():
+        asks = [
+            ask._replace(max_tokens=min(_WARM_UP_TOKENS, ask.max_tokens)) for ask in cell.asks(0, 0)
+        ]
+        for _ in range(2):
+            process.generate(asks)
 
 
 def _answer(process: Process, cell: Cell, turn: Turn, name: str, seed: int) -> Record:

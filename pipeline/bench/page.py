@@ -20,6 +20,7 @@ from pipeline.output import write_text
 
 _PARTS = ("extend", "step", "verify", "commit", "own")
 _BY_KIND = {"plain": 6, "speculative": 0, "peer": 5}  # colours: grey, blue, light blue
+_FORECASTS = (("predicted_speedup", "by rounds", 1), ("calibrated_speedup", "by costs", 2))
 _PART_WORDS = ("draft: extend", "draft: steps", "verify", "commit", "our own code")
 
 
@@ -84,7 +85,10 @@ def _speeds(data: Any, rows: Rows, kinds: dict[str, str]) -> Section:
         )
         for key, row in rows
     ]
-    text = "Tokens after the first a second; median over prompts with its 95 % interval."
+    text = (
+        "Tokens after the first a second, of all requests together; median over prompts, or the "
+        "batches of them, with its 95 % interval."
+    )
     return Section("Tokens per second", text, bars(data, found) if found else Markup(""))
 
 
@@ -136,7 +140,9 @@ def _gains(data: Any, rows: Rows) -> Section:
     found = []
     for key, row in rows:
         measured = f"{key}/speedup"
-        found.append(Bar(f"{row.contender}, predicted", (f"{key}/predicted_speedup",), colour=1))
+        for name, words, colour in _FORECASTS:
+            if getattr(row, name) is not None:
+                found.append(Bar(f"{row.contender}, {words}", (f"{key}/{name}",), colour=colour))
         found.append(
             Bar(
                 f"{row.contender}, measured",
@@ -146,8 +152,9 @@ def _gains(data: Any, rows: Rows) -> Section:
             )
         )
     text = (
-        "Predicted: tau times the cost of a plain round over that of a speculative one, all rounds "
-        "together. Measured: the median of the prompts' own ratios, with its 95 % interval."
+        "By rounds: tokens of a round over its time, against plain decoding, all rounds of this "
+        "run. By costs: what the calibrated costs promise rounds of the same shape, at batch 1. "
+        "Measured: the median of the prompts' own ratios, with its 95 % interval."
     )
     plot = bars(data, found, 2, "x", mark=1.0) if found else Markup("")
     return Section("Predicted and measured gain", text, plot)
@@ -176,7 +183,8 @@ def _batches(data: Any, cells: Sequence[CellReport]) -> list[Section]:
         ]
         shown = [line for line in series if line.points]
         text = (
-            f"{prompts}, temperature {temperature:g}, up to {length} tokens; all requests together."
+            f"{prompts}, temperature {temperature:g}, up to {length} tokens. All requests start "
+            "together; the time ends with the last of them."
         )
         plot = lines(data, shown, "requests decoded together", 1) if shown else Markup("")
         found.append(

@@ -30,6 +30,11 @@ class Cell:
     batch: int
 
     @property
+    def circumstances(self) -> tuple[str, float, int]:
+        """What cells share that differ in their batch alone."""
+        return self.prompts.title, self.temperature, self.max_tokens
+
+    @property
     def groups(self) -> int:
         """How many times a contender is asked in one repeat."""
         return len(self.ids) // self.batch

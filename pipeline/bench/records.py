@@ -15,6 +15,7 @@ from drafter.disk import disk_full_as_error
 from drafter.errors import UsageError
 from pipeline.peers.protocol import Reply
 
+FORM = 2  # of a record; those of another are another bench's
 Key = tuple[int, int, int, str]  # cell, group, repeat, contender
 
 

@@ -19,7 +19,9 @@ class Spread(Report):
 
 
 class ContenderReport(Report):
-    """A way to answer. `reason`: why it was not measured, or not to the end."""
+    """A way to answer. `reason`: why it was not measured, or not to the end. `costs`: when those of
+    its engine were calibrated, or why they are not known.
+    """
 
     name: str
     kind: str
@@ -28,10 +30,11 @@ class ContenderReport(Report):
     version: str | None = None
     fingerprint: str | None = None
     head: str | None = None
-    tree: dict[str, int | float] | None = None
-    drawn_tree: dict[str, int | float] | None = None
+    tree: dict[str, int | float | str] | None = None
+    drawn_tree: dict[str, int | float | str] | None = None
     load_s: float | None = None
     peak_rss_mb: float | None = None
+    costs: str | None = None
     reason: str | None = None
 
 
@@ -60,8 +63,9 @@ class CategoryReport(Report):
 
 
 class RowReport(Report):
-    """One contender in one cell. `speedup` and `identical` are against plain decoding; of a peer
-    `identical` is for information.
+    """One contender in one cell. `speedup` is against plain decoding in the same cell; `identical`
+    of `compared` answers are those of plain decoding at the smallest batch, of a peer for
+    information.
     """
 
     contender: str
@@ -74,6 +78,7 @@ class RowReport(Report):
     speedup: Interval | None = None
     speedup_spread: Spread | None = None
     identical: int | None = None
+    compared: int | None = None
     must_be_identical: bool = False
     tau: Interval | None = None
     acceptance: tuple[Interval, ...] = ()
@@ -82,6 +87,7 @@ class RowReport(Report):
     nodes_per_round: float | None = None
     ms_per_round: Parts | None = None
     predicted_speedup: float | None = None
+    calibrated_speedup: float | None = None
     categories: tuple[CategoryReport, ...] = ()
 
 
@@ -106,7 +112,9 @@ class HeadRow(Report):
 
 
 class BenchReport(Report):
-    """All of a bench. `identical`: no row that must be identical differs."""
+    """All of a bench. `identical`: no row that must be identical differs. `partial`: it was
+    stopped, and these are the figures of what was answered until then.
+    """
 
     schema_version: int = Field(default=SCHEMA, alias="schema")
     environment: dict[str, Any]
@@ -115,6 +123,7 @@ class BenchReport(Report):
     level: float
     resamples: int
     identical: bool
+    partial: bool = False
     contenders: list[ContenderReport]
     cells: list[CellReport]
     heads: list[HeadRow]

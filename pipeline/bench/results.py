@@ -23,15 +23,24 @@ from pipeline.figures import Counts
 from pipeline.intervals import Estimate, Floats
 from pipeline.reports import Interval
 
+Texts = dict[tuple[int, int], list[int]]  # token ids by repeat and prompt
+
 
 def row_report(
-    contender: Contender, cell: Cell, own: Sequence[Record], base: Sequence[Record]
+    contender: Contender,
+    cell: Cell,
+    own: Sequence[Record],
+    base: Sequence[Record],
+    plain: Texts | None,
 ) -> RowReport:
-    """One contender's row; `base`: the records of the plain decoding that it is compared with."""
+    """One contender's row; `base`: the records of the plain decoding that it is compared with.
+
+    `plain`: the texts that its greedy ones are compared with; None where there are none.
+    """
     replies = [reply for record in own for reply in record.replies]
-    compared = contender.name != contender.base
     rates = by_unit(cell, own, rate)
-    ratios = _ratios(cell, own, base) if compared else None
+    ratios = _ratios(cell, own, base) if contender.name != contender.base else None
+    same = _same(texts(cell, own), plain) if plain is not None and cell.temperature == 0 else []
     row = RowReport(
         contender=contender.name,
         answers=len(replies),
@@ -41,18 +50,23 @@ def row_report(
         first_token_ms=1e3 * median(reply.first_s for reply in replies),
         speedup=None if ratios is None else _interval(intervals.median(ratios)),
         speedup_spread=None if ratios is None else _spread(ratios),
-        identical=_identical(own, base) if compared and cell.temperature == 0 else None,
-        must_be_identical=compared and contender.must_match and cell.temperature == 0,
+        identical=sum(same) if same else None,
+        compared=len(same) if same else None,
+        must_be_identical=bool(same) and contender.must_match,
         categories=tuple(_categories(cell, rates, ratios)),
     )
     return row if contender.kind == "peer" else _with_rounds(row, contender, cell, own, base)
 
 
 def rate(record: Record) -> float | None:
-    """Tokens a second after the prompts' pass, of all requests of a group together."""
+    """Tokens a second of all requests of a group together, each one's first token left out.
+
+    The time is that from the start to the end of the last request, without the prompts' passes: so
+    the rounds before all have joined and those after the first have ended count in full.
+    """
     tokens = sum(len(reply.token_ids) - 1 for reply in record.replies)
-    total = max(reply.total_s for reply in record.replies)
-    seconds = total - max(reply.first_s for reply in record.replies)
+    prompts = sum(reply.figures.get("prompt_s", reply.first_s) for reply in record.replies)
+    seconds = max(reply.total_s for reply in record.replies) - prompts
     return tokens / seconds if tokens > 0 and seconds > 0 else None
 
 
@@ -77,16 +91,18 @@ def _ratios(cell: Cell, own: Sequence[Record], base: Sequence[Record]) -> Floats
     return by_unit(cell, own, ratio)
 
 
-def _identical(own: Sequence[Record], base: Sequence[Record]) -> int:
-    """How many answers have the tokens of plain decoding in the same repeat."""
-    texts = {(r.repeat, r.group): [reply.token_ids for reply in r.replies] for r in base}
-    return sum(
-        reply.token_ids == plain
-        for record in own
-        for reply, plain in zip(
-            record.replies, texts.get((record.repeat, record.group), []), strict=False
-        )
-    )
+def texts(cell: Cell, records: Sequence[Record]) -> Texts:
+    """The answers, whatever they were decoded together with."""
+    return {
+        (record.repeat, record.group * cell.batch + place): reply.token_ids
+        for record in records
+        for place, reply in enumerate(record.replies)
+    }
+
+
+def _same(own: Texts, plain: Texts) -> list[bool]:
+    """Of the answers that both have, in the same repeat: whether they are the same."""
+    return [own[key] == plain[key] for key in own if key in plain]
 
 
 def _with_rounds(
@@ -110,7 +126,7 @@ def _with_rounds(
                 _interval(intervals.pooled(found.conditional(d))) for d in shares
             ),
             "nodes_per_round": sum(f["nodes"] for f in figures) / rounds if rounds else None,
-            "predicted_speedup": _predicted(found, parts, _parts(base)),
+            "predicted_speedup": _predicted(own, base),
         }
     return row.model_copy(update=more)
 
@@ -132,19 +148,28 @@ def counts(cell: Cell, records: Sequence[Record]) -> Counts:
 def _parts(records: Sequence[Record]) -> Parts | None:
     """Mean milliseconds of a round, over all rounds; None where there was none."""
     figures = [reply.figures for record in records for reply in record.replies]
-    rounds = sum(f["rounds"] for f in figures)
+    rounds = sum(f["passes"] for f in figures)
     if not rounds:
         return None
     names = (*PARTS, "own")
     return Parts(**{n: 1e3 * sum(f["seconds"][n] for f in figures) / rounds for n in names})
 
 
-def _predicted(found: Counts, parts: Parts | None, plain: Parts | None) -> float | None:
-    """tau times what a plain round costs, over what a speculative one costs."""
-    tau = intervals.pooled(found.tau).value
-    if tau is None or parts is None or plain is None:
+def _predicted(own: Sequence[Record], base: Sequence[Record]) -> float | None:
+    """Tokens of a round over what it costs, over the same of plain decoding. Of one request that is
+    tau times a plain round's time over a speculative one's.
+    """
+    found = [(_tokens_a_round(records), _parts(records)) for records in (own, base)]
+    (tokens, parts), (plain_tokens, plain) = found
+    if parts is None or plain is None:
         return None
-    return tau * plain.total / parts.total
+    return tokens / parts.total / (plain_tokens / plain.total)
+
+
+def _tokens_a_round(records: Sequence[Record]) -> float:
+    replies = [reply for record in records for reply in record.replies]
+    rounds = sum(float(reply.figures["passes"]) for reply in replies)
+    return sum(len(reply.token_ids) - 1 for reply in replies) / max(rounds, 1.0)
 
 
 def _categories(cell: Cell, rates: Floats, ratios: Floats | None) -> list[CategoryReport]:

@@ -10,7 +10,8 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,14 @@ from pipeline.bench.contenders import Contender, Process
 from pipeline.bench.lineup import (
     EngineFacts,
     check_distinct,
+    needs_costs,
     own_contenders,
     peer_contenders,
     read_engines,
 )
 from pipeline.bench.measure import measure
 from pipeline.bench.plan import Cell, cells_of, plan_digest, turns
-from pipeline.bench.records import Records
+from pipeline.bench.records import FORM, Records
 from pipeline.config import BenchOptions
 from pipeline.machine import machine, versions
 from pipeline.output import write_json
@@ -37,13 +39,16 @@ from pipeline.peers.protocol import Settings
 from pipeline.peers.registry import PEERS
 from pipeline.progress import Tell, progress
 from pipeline.prompts import PromptSet
+from runtime.cost import CostTable
 
 RECORDS, REPORT, PAGE = "records.jsonl", "bench.json", "bench.html"
 
 
 @dataclass
 class Bench:
-    """Everything a report is made of. `states[name]`: version, load time, reason of a contender."""
+    """Everything a report is made of. `states[name]`: version, load time, reason of a contender;
+    `costs[model]`: of an engine's folder, or why they are not known; `partial`: stopped by Ctrl-C.
+    """
 
     chosen: BenchOptions
     engines: list[EngineFacts]
@@ -52,14 +57,16 @@ class Bench:
     records: Records
     states: dict[str, dict[str, Any]]
     environment: dict[str, Any]
+    costs: dict[str, CostTable | str] = field(default_factory=dict)
+    partial: bool = False
 
 
 def check_batches(chosen: BenchOptions) -> None:
     """Raises UsageError for a batch that the engine cannot decode together."""
     if (largest := max(chosen.batch)) > own.Peer.max_batch:
         raise UsageError(
-            f"--batch {largest} is larger than this engine's maximum, {own.Peer.max_batch} request "
-            f"at a time; give --batch {own.Peer.max_batch}."
+            f"--batch {largest} is larger than this engine's maximum, {own.Peer.max_batch} "
+            f"requests at a time; give --batch {own.Peer.max_batch} or less."
         )
 
 
@@ -96,14 +103,41 @@ def run_bench(
     stops = sorted({*tokenizer.eos_ids, *engines[0].manifest.target.eos_token_ids})
     if trace is not None:
         bench.contenders = [_traced(contender) for contender in contenders]
+    with progress("bench") as tell:
+        bench.costs = _known_costs(bench, tell)
     with progress("bench") as tell, _opened(bench, target, stops, out, tell) as processes:
-        order = list(turns(cells, [c.name for c in contenders], chosen.repeats))
-        failed = measure(contenders, processes, cells, order, records, chosen.seed, tell)
-        for name, reason in failed.items():
-            bench.states[name]["reason"] = reason
+        _measure(bench, processes, tell)
         if trace is not None:
             _write_trace(trace, processes)
     return bench
+
+
+def _measure(bench: Bench, processes: dict[str, Process], tell: Tell) -> None:
+    """All that is not on record yet, or what is answered until Ctrl-C."""
+    chosen, contenders, cells = bench.chosen, bench.contenders, bench.cells
+    order = list(turns(cells, [c.name for c in contenders], chosen.repeats))
+    try:
+        failed = measure(contenders, processes, cells, order, bench.records, chosen.seed, tell)
+    except KeyboardInterrupt:
+        if not bench.records.found:
+            raise
+        bench.partial = True
+        return
+    for name, reason in failed.items():
+        bench.states[name]["reason"] = reason
+
+
+def _known_costs(bench: Bench, tell: Tell) -> dict[str, CostTable | str]:
+    """The costs of every engine, measured now where a tree needs them and they are not known."""
+    from engines import open_engines
+    from runtime.cost_store import known_costs, stored_costs
+
+    threads = bench.environment["threads"]
+    needed = {one.model for one in bench.contenders if needs_costs(one)}
+    for folder in map(Path, sorted(needed)):
+        opened = partial(open_engines, folder, threads=threads)
+        known_costs(folder, opened, threads, tell, measure=True)
+    return {str(one.folder): stored_costs(one.folder, threads) for one in bench.engines}
 
 
 def _traced(contender: Contender) -> Contender:
@@ -150,6 +184,7 @@ def _facts(
         "contenders": [vars(contender) for contender in contenders],
         "cells": [[cell.ids, cell.temperature, cell.max_tokens, cell.batch] for cell in cells],
         "versions": versions(),
+        "records": FORM,
     }
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from drafter.errors import SlimSpecError
 from pipeline.bench.contenders import Contender
+from pipeline.bench.forecast import calibrated_speedup
 from pipeline.bench.lineup import EngineFacts
 from pipeline.bench.measure import takes_part
 from pipeline.bench.plan import Cell
@@ -16,11 +15,12 @@ from pipeline.bench.report import (
     HeadRow,
     RowReport,
 )
-from pipeline.bench.results import row_report
+from pipeline.bench.results import Texts, row_report, texts
 from pipeline.bench.run import Bench
 from pipeline.intervals import LEVEL, RESAMPLES
 from pipeline.progress import progress
 from pipeline.workspace import sources_of
+from runtime.cost import CostModel, CostTable
 
 
 def bench_report(bench: Bench) -> BenchReport:
@@ -33,15 +33,16 @@ def bench_report(bench: Bench) -> BenchReport:
         level=LEVEL,
         resamples=RESAMPLES,
         identical=all(not different(row) for cell in cells for row in cell.rows),
+        partial=bench.partial,
         contenders=[_contender_report(bench, contender) for contender in bench.contenders],
         cells=cells,
-        heads=_heads(bench.engines, bench.environment["threads"]),
+        heads=_heads(bench),
     )
 
 
 def different(row: RowReport) -> bool:
     """Whether a row has texts that are not those of plain decoding although they must be."""
-    return row.must_be_identical and row.identical != row.answers
+    return row.must_be_identical and row.identical != row.compared
 
 
 def _cell_report(bench: Bench, place: int, cell: Cell) -> CellReport:
@@ -58,14 +59,34 @@ def _cell_report(bench: Bench, place: int, cell: Cell) -> CellReport:
 
 def _row(bench: Bench, place: int, cell: Cell, contender: Contender) -> RowReport:
     if not takes_part(contender.kind, cell):
-        why = "peers are asked greedily, one request at a time"
+        why = "peers are asked greedily, at batch 1"
         return RowReport(contender=contender.name, reason=f"not measured: {why}")
     reason = bench.states[contender.name]["reason"]
     own = bench.records.of(place, contender.name)
     if not own:
-        return RowReport(contender=contender.name, reason=reason or "no answers")
-    row = row_report(contender, cell, own, bench.records.of(place, contender.base))
-    return row.model_copy(update={"reason": reason})
+        nothing = "not reached" if bench.partial else "no answers"
+        return RowReport(contender=contender.name, reason=reason or nothing)
+    base, plain = bench.records.of(place, contender.base), _plain_texts(bench, place, contender)
+    row = row_report(contender, cell, own, base, plain)
+    costs = bench.costs.get(contender.model)
+    forecast = None
+    if contender.drafts and isinstance(costs, CostTable):
+        forecast = calibrated_speedup(CostModel(costs), cell, own)
+    return row.model_copy(update={"reason": reason, "calibrated_speedup": forecast})
+
+
+def _plain_texts(bench: Bench, place: int, contender: Contender) -> Texts | None:
+    """What greedy texts of a cell are compared with: those of plain decoding at the smallest batch
+    of the same circumstances. None for these themselves.
+    """
+    cell = bench.cells[place]
+    first = min(
+        (n for n, other in enumerate(bench.cells) if other.circumstances == cell.circumstances),
+        key=lambda n: bench.cells[n].batch,
+    )
+    if (first, contender.base) == (place, contender.name):
+        return None
+    return texts(bench.cells[first], bench.records.of(first, contender.base))
 
 
 def _contender_report(bench: Bench, contender: Contender) -> ContenderReport:
@@ -84,16 +105,26 @@ def _contender_report(bench: Bench, contender: Contender) -> ContenderReport:
         drawn_tree=contender.options.get("drawn") if contender.drafts else None,
         load_s=state.get("load_s"),
         peak_rss_mb=max(peaks, default=None),
+        costs=_costs(bench.costs.get(contender.model)) if contender.drafts else None,
         reason=state["reason"],
     )
 
 
-def _heads(engines: Sequence[EngineFacts], threads: int) -> list[HeadRow]:
+def _costs(found: CostTable | str | None) -> str | None:
+    if isinstance(found, CostTable):
+        noise = ", on a busy machine" if found.noisy else ""
+        return f"measured {found.created}{noise}"
+    return found and f"{found}: pipeline calibrate"
+
+
+def _heads(bench: Bench) -> list[HeadRow]:
+    if bench.partial:
+        return [HeadRow(engine=one.name, reason="the bench was stopped") for one in bench.engines]
     with progress("heads") as tell:
         found = []
-        for one in engines:
+        for one in bench.engines:
             tell(f"timing the head of {one.name}", None)
-            found.append(_head(one, threads))
+            found.append(_head(one, bench.environment["threads"]))
     return found
 
 

@@ -37,5 +37,5 @@ def same_text(row: RowReport) -> str:
     """How many texts are those of plain decoding."""
     if row.identical is None:
         return "-"
-    verdict = " DIFFERENT" if row.must_be_identical and row.identical != row.answers else ""
-    return f"{row.identical} of {row.answers}{verdict}"
+    verdict = " DIFFERENT" if row.must_be_identical and row.identical != row.compared else ""
+    return f"{row.identical} of {row.compared}{verdict}"

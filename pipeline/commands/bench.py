@@ -149,6 +149,9 @@ def _bench(
     report = bench_report(run_bench(chosen, folders, sets, target, out, trace, fresh=fresh))
     write_json(out / REPORT, report.to_json())
     write_page(out / PAGE, report)
+    if report.partial:
+        note(f"a report of what was answered until now: {out / PAGE}")
+        raise KeyboardInterrupt
     if as_json:
         print_json(report.to_json())
     else:
@@ -163,10 +166,11 @@ def _judge(report: BenchReport) -> None:
 
     for cell in report.cells:
         for row in filter(different, cell.rows):
-            lost = row.answers - (row.identical or 0)
+            lost = (row.compared or 0) - (row.identical or 0)
             raise CheckFailed(
-                f"{lost} of {row.answers} texts of {row.contender} on {cell.prompts} differ from "
-                "plain decoding, none may; run `pipeline check` on its engine."
+                f"{lost} of {row.compared} texts of {row.contender} on {cell.prompts} at batch "
+                f"{cell.batch} differ from plain decoding, none may; run `pipeline check` on its "
+                "engine."
             )
 
 

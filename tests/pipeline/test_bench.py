@@ -16,7 +16,7 @@ from pipeline.bench.contenders import Contender, ContenderFailed, Process
 from pipeline.bench.plan import Cell, cells_of, turns
 from pipeline.bench.records import Record, Records
 from pipeline.bench.report import BenchReport
-from pipeline.bench.results import row_report
+from pipeline.bench.results import row_report, texts
 from pipeline.peers.protocol import Reply, Settings
 from pipeline.prompts import Prompt, PromptSet, read_prompts
 from tests.pipeline.command import Result, assert_refused, run_command
@@ -39,9 +39,13 @@ def record(
     share = {part: value * seconds for part, value in SECONDS.items()}
     figures = {
         "rounds": rounds,
+        "passes": rounds,
         "accepted_at": [rounds, 0],
         "target_passes": rounds + 1,
         "nodes": 4 * rounds,
+        "extended": 2 * rounds,
+        "stepped": [3 * rounds, rounds],
+        "prompt_s": 1.0,
         "seconds": share,
     }
     replies = (Reply(list(range(tokens)), 1.0, 1.0 + seconds, figures),)
@@ -54,7 +58,7 @@ class TestFigures:
         slow = {0: 1.0, 1: 2.0}
         base = [record("plain", g, r, 4.0 * slow[r], rounds=10) for r in (0, 1) for g in (0, 1)]
         own = [record("fast", g, r, 2.0 * slow[r]) for r in (0, 1) for g in (0, 1)]
-        row = row_report(FAST, cell(), own, base)
+        row = row_report(FAST, cell(), own, base, texts(cell(), base))
         assert row.speedup is not None
         assert row.speedup.value == pytest.approx(2.0)
         assert row.speedup_spread is not None
@@ -65,7 +69,7 @@ class TestFigures:
 
     def test_tau_acceptance_and_parts_of_a_round(self) -> None:
         base = [record("plain", g, 0, 4.0, rounds=10) for g in (0, 1)]
-        row = row_report(FAST, cell(), [record("fast", g, 0, 2.0) for g in (0, 1)], base)
+        row = row_report(FAST, cell(), [record("fast", g, 0, 2.0) for g in (0, 1)], base, None)
         assert row.tau is not None
         assert row.tau.value == 2.0
         assert [a.value for a in row.acceptance] == [1.0, 0.0]
@@ -80,26 +84,43 @@ class TestFigures:
     def test_texts_are_compared_with_those_of_plain_decoding(self) -> None:
         base = [record("plain", g, 0, 4.0) for g in (0, 1)]
         own = [record("fast", 0, 0, 2.0), record("fast", 1, 0, 2.0, tokens=9)]
-        row = row_report(FAST, cell(), own, base)
-        assert (row.identical, row.answers, row.must_be_identical) == (1, 2, True)
-        drawn = row_report(FAST, cell(temperature=1.0), own, base)
+        plain = texts(cell(), base)
+        row = row_report(FAST, cell(), own, base, plain)
+        assert (row.identical, row.compared, row.must_be_identical) == (1, 2, True)
+        drawn = row_report(FAST, cell(temperature=1.0), own, base, plain)
         assert (drawn.identical, drawn.must_be_identical) == (None, False)
+
+    def test_an_answer_that_plain_decoding_has_not_given_yet_is_not_judged(self) -> None:
+        base = [record("plain", 0, 0, 4.0)]
+        own = [record("fast", 0, 0, 2.0), record("fast", 1, 0, 2.0)]
+        row = row_report(FAST, cell(), own, base, texts(cell(), base))
+        assert (row.identical, row.compared, row.answers) == (1, 1, 2)
+
+    def test_texts_of_a_batch_are_compared_prompt_by_prompt_with_those_decoded_alone(self) -> None:
+        alone = [record("plain", g, 0, 4.0, tokens=5 + g) for g in range(4)]
+        pairs = [
+            Record(0, g, 0, "fast", (alone[2 * g].replies[0], alone[3].replies[0]), 1.0)
+            for g in (0, 1)
+        ]
+        row = row_report(FAST, cell(4, batch=2), pairs, [], texts(cell(4), alone))
+        assert (row.identical, row.compared) == (3, 4)  # the second prompt has the fourth's text
 
     def test_categories_are_medians_of_their_prompts(self) -> None:
         base = [record("plain", g, 0, 4.0) for g in range(4)]
         own = [record("fast", g, 0, [1.0, 2.0][g % 2]) for g in range(4)]
-        found = row_report(FAST, cell(4), own, base).categories
+        found = row_report(FAST, cell(4), own, base, None).categories
         assert [(c.category, c.prompts, c.speedup) for c in found] == [
             ("kind 0", 2, pytest.approx(4.0)),
             ("kind 1", 2, pytest.approx(2.0)),
         ]
 
-    def test_requests_decoded_together_count_together(self) -> None:
-        pair = record("plain", 0, 0, 4.0)
-        pair = Record(0, 0, 0, "plain", pair.replies * 2, 1.0)
-        row = row_report(PLAIN, cell(2, batch=2), [pair], [pair])
+    def test_requests_decoded_together_count_together_until_the_last_ends(self) -> None:
+        """Two prompts of a second each, a request that ends after 4 s and one after 6 s."""
+        short, long = (record("plain", 0, 0, seconds).replies[0] for seconds in (3.0, 5.0))
+        pair = Record(0, 0, 0, "plain", (short, long), 1.0)
+        row = row_report(PLAIN, cell(2, batch=2), [pair], [pair], None)
         assert row.tok_s is not None
-        assert row.tok_s.value == pytest.approx(20 / 4)
+        assert row.tok_s.value == pytest.approx(20 / (6 - 2))
         assert row.speedup is None
 
 

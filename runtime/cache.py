@@ -55,9 +55,9 @@ class KeyValueCache:
         `accepted` names the time steps to keep, in order; None keeps all. Raises UsageError when
         the context is full; the cache is then as before.
         """
-        kept = range(new_rows.shape[1]) if accepted is None else accepted
-        self._reserve(self.length + len(kept))
-        for first, count in _runs(kept):  # runs of neighbours: one copy each, no copy in between
+        runs = [(0, new_rows.shape[1])] if accepted is None else _runs(accepted)
+        self._reserve(self.length + sum(count for _, count in runs))
+        for first, count in runs:  # runs of neighbours: one copy each, no copy in between
             end = self.length + count
             self._block[:, self.length : end] = new_rows[:, first : first + count]
             self.length = end

@@ -107,7 +107,7 @@ class EngineTarget:
     def prefill(self, tokens: Sequence[int]) -> Prefilled:
         """See `Target`."""
         count = len(tokens)
-        mask = np.tri(count, dtype=np.bool_)
+        mask = attention_mask(self.cache.length, np.tri(count, dtype=np.bool_))
         outputs = self._run(self._feeds(tokens, range(count), mask, rows=[count - 1]))
         self.cache.commit(outputs[NEW_ROWS])
         return Prefilled(outputs["logits"][0, 0], outputs["taps"])
@@ -118,7 +118,8 @@ class EngineTarget:
 
     def verify_feeds(self, tree: DraftTree) -> Feeds:
         """What a pass over all nodes is fed."""
-        return self._feeds(tree.tokens, tree.depths, tree.mask(), rows=range(len(tree)))
+        mask = listed_mask(self.cache.length, tree.attended())
+        return self._feeds(tree.tokens, tree.depths, mask, rows=range(len(tree)))
 
     def verified(self, outputs: Arrays) -> LogitRows:
         """The logits of that pass; its other outputs are kept for `commit`."""
@@ -148,7 +149,7 @@ class EngineTarget:
         self,
         tokens: Sequence[int],
         depths: Sequence[int],
-        mask: npt.NDArray[np.bool_],  # [T, T]: among the new tokens; the prefix is seen by all
+        mask: npt.NDArray[np.bool_],  # [1, 1, T, P + T]
         rows: Sequence[int],
     ) -> Feeds:
         prefix = self.cache.length
@@ -156,7 +157,7 @@ class EngineTarget:
         return {
             "input_ids": int_row(tokens),
             "position_ids": int_row([prefix + depth for depth in depths]),
-            "attention_mask": attention_mask(prefix, mask),
+            "attention_mask": mask,
             "rows": int_row(rows),
         }
 
@@ -180,3 +181,12 @@ def attention_mask(prefix: int, among: npt.NDArray[np.bool_]) -> npt.NDArray[np.
     mask[0, 0, :, :prefix] = True
     mask[0, 0, :, prefix:] = among
     return mask
+
+
+def listed_mask(prefix: int, among: Sequence[bytearray]) -> npt.NDArray[np.bool_]:
+    """`attention_mask` of rows that are lists of bytes, 1 or 0. Of the few rows of a tree it is the
+    faster one: hardly any numpy, whose every operator is slow while caches are cold.
+    """
+    seen = b"\1" * prefix
+    flat = bytearray().join([part for row in among for part in (seen, row)])
+    return np.frombuffer(flat, np.bool_).reshape(1, 1, len(among), -1)

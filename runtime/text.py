@@ -67,6 +67,8 @@ class TextStream:
         return shown + rest
 
     def _release(self, new: str) -> str:
+        if not self._stops:
+            return new  # nothing is ever held
         if self.stopped:
             return ""
         text = self._held + new

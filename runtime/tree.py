@@ -170,6 +170,15 @@ class DraftTree:
             mask[node, node] = True
         return mask
 
+    def attended(self) -> list[bytearray]:
+        """`mask` as lists of bytes, 1 or 0; faster, see `runtime.target.listed_mask`."""
+        rows: list[bytearray] = []
+        for node, parent in enumerate(self.parents):
+            row = bytearray(rows[parent] if parent >= 0 else len(self.parents))
+            row[node] = 1
+            rows.append(row)
+        return rows
+
     def path(self, node: int) -> list[int]:
         """Nodes from the root's child down to `node`; empty for the root."""
         path: list[int] = []
@@ -248,18 +257,16 @@ def growing(
         nodes = pool.frontier(level, place, depth)
         if not nodes:
             break
-        parents = [pool.parents[node] for node in nodes]
-        frontier = Frontier(
-            tokens=[pool.tokens[node] for node in nodes],
-            parent_rows=[place[parent] for parent in parents],
-            ancestors=[seen[parent] for parent in parents],
-            depth=depth,
-        )
-        proposals = yield frontier
-        place = {node: row for row, node in enumerate(nodes)}
-        for row, node in enumerate(nodes, start=fed):
-            seen[node] = (*seen[pool.parents[node]], row)
-        fed += len(nodes)
+        frontier, fed_at = Frontier([], [], [], depth), {}
+        for node in nodes:
+            parent = pool.parents[node]
+            frontier.tokens.append(pool.tokens[node])
+            frontier.parent_rows.append(place[parent])
+            frontier.ancestors.append(seen[parent])
+            fed_at[node] = len(fed_at)
+            seen[node] = (*seen[parent], fed)
+            fed += 1
+        proposals, place = (yield frontier), fed_at
         level = propose(nodes, proposals, depth + 1)
     while path:
         propose([], Proposals([], []), path.depth(pool) + 1)
@@ -268,14 +275,14 @@ def growing(
 
 def _selected(pool: Pool, root: int) -> DraftTree:
     """The tree of the candidates that are kept, under the root."""
-    kept = pool.kept()
-    node_of = {flat: node for node, flat in enumerate(kept, start=1)}
-    node_of[-1] = 0
-    return DraftTree(
-        tokens=[root] + [pool.tokens[flat] for flat in kept],
-        parents=[-1] + [node_of[pool.parents[flat]] for flat in kept],
-        depths=[0] + [pool.depths[flat] for flat in kept],
-        scores=[0.0] + [pool.scores[flat] for flat in kept],
-        drawn=[None] + [pool.drawn[flat] for flat in kept],
-        raw=[None] + [pool.raw[flat] for flat in kept],
-    )
+    tree = DraftTree([root], [-1], [0], [0.0], [None], [None])
+    node_of = {-1: 0}
+    for node, flat in enumerate(pool.kept(), start=1):
+        node_of[flat] = node
+        tree.tokens.append(pool.tokens[flat])
+        tree.parents.append(node_of[pool.parents[flat]])
+        tree.depths.append(pool.depths[flat])
+        tree.scores.append(pool.scores[flat])
+        tree.drawn.append(pool.drawn[flat])
+        tree.raw.append(pool.raw[flat])
+    return tree

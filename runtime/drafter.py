@@ -24,7 +24,7 @@ from drafter.config import DrafterConfig
 from engines.base import NEW_ROWS, Arrays, Engine
 from runtime.cache import KeyValueCache
 from runtime.candidates import Proposals
-from runtime.target import Feeds, Taps, attention_mask, int_row, listed_mask
+from runtime.target import Feeds, Taps, attention_mask, int_row, int_rows, prefix_mask
 from runtime.tree import Frontier
 
 
@@ -153,10 +153,11 @@ class EngineDrafter:
         self.cache.truncate(self._rows)
         count, first = len(tokens), self._slots
         self._count(count)
+        packed = int_rows(tokens, range(first, first + count))
         return {
-            "input_ids": int_row(tokens),
+            "input_ids": packed[0:1],
             "taps": taps,
-            "position_ids": int_row(range(first, first + count)),
+            "position_ids": packed[1:2],
             "attention_mask": attention_mask(self._rows, _triangle(count)),
             "rows": int_row([count - 1]),
         }
@@ -178,19 +179,18 @@ class EngineDrafter:
         count = len(frontier.tokens)
         self._count(count)
         fed = self.cache.length - self._rows
-        among = []
-        for own, ancestors in enumerate(frontier.ancestors, start=fed):
-            row = bytearray(fed + count)
+        mask = prefix_mask(self._rows, count, fed + count)
+        among = mask[0, 0, :, self._rows :]
+        for row, ancestors in enumerate(frontier.ancestors):
             for seen in ancestors:
-                row[seen] = 1
-            row[own] = 1
-            among.append(row)
-        position = self._slots - 1 + frontier.depth
+                among[row, seen] = True
+            among[row, fed + row] = True
+        packed = int_rows(frontier.tokens, [self._slots - 1 + frontier.depth] * count)
         return {
-            "input_ids": int_row(frontier.tokens),
+            "input_ids": packed[0:1],
             "parent_state": self._state.take(frontier.parent_rows, axis=1),
-            "position_ids": int_row([position] * count),
-            "attention_mask": listed_mask(self._rows, among),
+            "position_ids": packed[1:2],
+            "attention_mask": mask,
         }
 
     def stepped(self, outputs: Arrays) -> Proposals:

@@ -164,20 +164,15 @@ class DraftTree:
         """Who attends whom, bool [N, N]: each node its ancestors and itself."""
         count = len(self.tokens)
         mask = np.zeros((count, count), dtype=np.bool_)
-        for node, parent in enumerate(self.parents):
-            if parent >= 0:
-                mask[node, :node] = mask[parent, :node]
-            mask[node, node] = True
+        self.attend(mask)
         return mask
 
-    def attended(self) -> list[bytearray]:
-        """`mask` as lists of bytes, 1 or 0; faster, see `runtime.target.listed_mask`."""
-        rows: list[bytearray] = []
+    def attend(self, mask: npt.NDArray[np.bool_]) -> None:
+        """Write `mask` where nothing is True yet, bool [N, N], maybe a part of a larger array."""
         for node, parent in enumerate(self.parents):
-            row = bytearray(rows[parent] if parent >= 0 else len(self.parents))
-            row[node] = 1
-            rows.append(row)
-        return rows
+            if parent >= 0:
+                mask[node] = mask[parent]
+            mask[node, node] = True
 
     def path(self, node: int) -> list[int]:
         """Nodes from the root's child down to `node`; empty for the root."""
@@ -257,16 +252,16 @@ def growing(
         nodes = pool.frontier(level, place, depth)
         if not nodes:
             break
-        frontier, fed_at = Frontier([], [], [], depth), {}
-        for node in nodes:
+        tokens, parent_rows, ancestors, fed_at = [], [], [], {}
+        for row, node in enumerate(nodes):
             parent = pool.parents[node]
-            frontier.tokens.append(pool.tokens[node])
-            frontier.parent_rows.append(place[parent])
-            frontier.ancestors.append(seen[parent])
-            fed_at[node] = len(fed_at)
-            seen[node] = (*seen[parent], fed)
-            fed += 1
-        proposals, place = (yield frontier), fed_at
+            tokens.append(pool.tokens[node])
+            parent_rows.append(place[parent])
+            ancestors.append(seen[parent])
+            fed_at[node] = row
+            seen[node] = (*seen[parent], fed + row)
+        proposals = yield Frontier(tokens, parent_rows, ancestors, depth)
+        place, fed = fed_at, fed + len(nodes)
         level = propose(nodes, proposals, depth + 1)
     while path:
         propose([], Proposals([], []), path.depth(pool) + 1)

@@ -28,12 +28,17 @@ class Proposals(NamedTuple):
 
 
 class Row(Protocol):
-    """The children proposed for one node, best first. `raw`: what the drafter gave each of them,
-    before `Terms.chances`; None for a guess.
-    """
+    """The children proposed for one node, best first."""
 
-    log_chances: Sequence[float]
-    raw: Sequence[float | None]
+    @property
+    def log_chances(self) -> Sequence[float]:
+        """By which they are ranked."""
+        ...
+
+    @property
+    def raw(self) -> Sequence[float | None]:
+        """What the drafter gave each of them, before `Terms.chances`; None for a guess."""
+        ...
 
     def take(self, rank: int) -> tuple[int, Drawn | None] | None:
         """Token of a rank and what it was drawn from; asked for in order. None: nothing left."""

@@ -270,7 +270,9 @@ def growing(
 
 def _selected(pool: Pool, root: int) -> DraftTree:
     """The tree of the candidates that are kept, under the root."""
-    tree = DraftTree([root], [-1], [0], [0.0], [None], [None])
+    drawn: list[Drawn | None] = [None]
+    raw: list[float | None] = [None]
+    tree = DraftTree([root], [-1], [0], [0.0], drawn, raw)
     node_of = {-1: 0}
     for node, flat in enumerate(pool.kept(), start=1):
         node_of[flat] = node
@@ -278,6 +280,6 @@ def _selected(pool: Pool, root: int) -> DraftTree:
         tree.parents.append(node_of[pool.parents[flat]])
         tree.depths.append(pool.depths[flat])
         tree.scores.append(pool.scores[flat])
-        tree.drawn.append(pool.drawn[flat])
-        tree.raw.append(pool.raw[flat])
+        drawn.append(pool.drawn[flat])
+        raw.append(pool.raw[flat])
     return tree

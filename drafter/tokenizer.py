@@ -66,6 +66,7 @@ class ChatTokenizer:
         self._added = {token_id: token.content for token_id, token in added.items()}
         self.added_ids: frozenset[int] = frozenset(added)  # special ones and others
         self._bytes_of = _bytes_rule(tokenizer)
+        self._known: dict[int, bytes] = {}  # of ids that were asked for: texts repeat them
         self.eos_ids: frozenset[int] = frozenset(eos_ids)
         self.special_ids: frozenset[int] = frozenset(i for i, t in added.items() if t.special)
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
@@ -104,6 +105,12 @@ class ChatTokenizer:
 
     def id_bytes(self, token_id: int) -> bytes:
         """The raw bytes a token adds to a text; empty for an id the tokenizer does not have."""
+        known = self._known.get(token_id)
+        if known is None:
+            known = self._known[token_id] = self._look_up(token_id)
+        return known
+
+    def _look_up(self, token_id: int) -> bytes:
         if token_id in self._added:
             return self._added[token_id].encode()
         token = self._tokenizer.id_to_token(token_id)

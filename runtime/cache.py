@@ -55,13 +55,18 @@ class KeyValueCache:
         `accepted` names the time steps to keep, in order; None keeps all. Raises UsageError when
         the context is full; the cache is then as before.
         """
-        kept = range(new_rows.shape[1]) if accepted is None else accepted
-        self._reserve(self.length + len(kept))
-        for first, count in _runs(kept):  # runs of neighbours: one copy each, no copy in between
-            end = self.length + count
-            self._block[:, self.length : end] = new_rows[:, first : first + count]
-            self.length = end
-            self.copies += 1
+        kept = new_rows
+        if accepted is not None:
+            count = len(accepted)
+            leading = list(accepted) == list(range(count))
+            # Gathered first, for layers lie far apart: going through them again for each run of
+            # neighbouring rows takes longer than one more copy of a few rows.
+            kept = new_rows[:, :count] if leading else new_rows.take(accepted, axis=1)
+        end = self.length + kept.shape[1]
+        self._reserve(end)
+        self._block[:, self.length : end] = kept
+        self.length = end
+        self.copies += 1
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` rows only. Raises ValueError beyond what is there."""
@@ -98,14 +103,3 @@ class KeyValueCache:
         grown[:, : self.length] = self._block[:, : self.length]
         self._block = grown
         self.copies += 1
-
-
-def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
-    """Consecutive numbers as (first, count): 0 1 5 6 7 -> (0, 2), (5, 3)."""
-    runs: list[tuple[int, int]] = []
-    for number in numbers:
-        if runs and number == sum(runs[-1]):
-            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
-        else:
-            runs.append((number, 1))
-    return runs

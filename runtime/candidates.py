@@ -7,7 +7,7 @@ in among the drafter's children; drawn children come from `runtime.draws`.
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, insort
+from bisect import insort
 from collections.abc import Container, Sequence
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -28,12 +28,17 @@ class Proposals(NamedTuple):
 
 
 class Row(Protocol):
-    """The children proposed for one node, best first. `raw`: what the drafter gave each of them,
-    before `Terms.chances`; None for a guess.
-    """
+    """The children proposed for one node, best first."""
 
-    log_chances: list[float]
-    raw: list[float | None]
+    @property
+    def log_chances(self) -> Sequence[float]:
+        """By which they are ranked."""
+        ...
+
+    @property
+    def raw(self) -> Sequence[float | None]:
+        """What the drafter gave each of them, before `Terms.chances`; None for a guess."""
+        ...
 
     def take(self, rank: int) -> tuple[int, Drawn | None] | None:
         """Token of a rank and what it was drawn from; asked for in order. None: nothing left."""
@@ -51,17 +56,24 @@ class ListedRow:
         width: int,
         guess: Guessed,
     ) -> None:
-        self.raw: list[float | None] = [*raw]
         self._tokens, self.log_chances = tokens, log_chances
+        self.raw: Sequence[float | None] = raw
         if guess is not None:
-            # An equal token keeps its better chance.
-            best = dict(zip(tokens, zip(log_chances, self.raw, strict=True), strict=True))
-            if guess[0] not in best or best[guess[0]][0] < guess[1]:
-                best[guess[0]] = (guess[1], None)
-            ranked = sorted(best.items(), key=lambda item: -item[1][0])[:width]
-            self._tokens = [token for token, _ in ranked]
-            self.log_chances = [chance for _, (chance, _) in ranked]
-            self.raw = [found for _, (_, found) in ranked]
+            self._join(*guess, width)
+
+    def _join(self, token: int, chance: float, width: int) -> None:
+        """Insert a guess; an equal token keeps its better chance."""
+        tokens, chances, raw = [*self._tokens], [*self.log_chances], [*self.raw]
+        if token in tokens:
+            place = tokens.index(token)
+            if chances[place] >= chance:
+                return
+            del tokens[place], chances[place], raw[place]
+        place = sum(other >= chance for other in chances)
+        tokens.insert(place, token)
+        chances.insert(place, chance)
+        raw.insert(place, None)
+        self._tokens, self.log_chances, self.raw = tokens[:width], chances[:width], raw[:width]
 
     def take(self, rank: int) -> tuple[int, Drawn | None]:
         """See `Row`."""
@@ -85,7 +97,8 @@ class Pool:
         self.raw: list[float | None] = []
         self.drawn: list[Drawn | None] = []
         self._width, self._terms = width, terms
-        self._losses: list[float] = []  # scores with their sign turned, rising
+        self._ranked: list[tuple[float, int]] = []  # score with its sign turned, flat index; rising
+        self._paying = 0  # how many of the best exceed what their place asks for, without a gap
         self.bar = terms.floors[0]
 
     def propose(self, parents: Sequence[int], rows: Sequence[Row], depth: int) -> range:
@@ -105,43 +118,47 @@ class Pool:
                 self.parents.append(parent)
                 self.scores.append(score)
                 self.raw.append(row.raw[rank])
-                insort(self._losses, -score)
-        new = range(first, len(self.tokens))
-        self.depths += [depth] * len(new)
-        paying, floors = self._paying(), self._terms.floors
-        limits = [-self._losses[paying - 1]] if paying else []
-        self.bar = min(limits + list(floors[paying : paying + 1]))
-        return new
+                insort(self._ranked, (-score, len(self.depths)))
+                self.depths.append(depth)
+        self._raise_bar()
+        return range(first, len(self.tokens))
+
+    def _raise_bar(self) -> None:
+        """Set `bar` after candidates came. No place's score falls by that, so those that paid
+        still do.
+        """
+        ranked, floors, paying = self._ranked, self._terms.floors, self._paying
+        most = min(len(ranked), len(floors))
+        while paying < most and -ranked[paying][0] > floors[paying]:
+            paying += 1
+        self._paying = paying
+        self.bar = floors[paying] if paying < len(floors) else math.inf
+        if paying:
+            self.bar = min(self.bar, -ranked[paying - 1][0])
 
     def frontier(self, level: range, fed: Container[int], depth: int) -> list[int]:
         """The nodes of `level` worth expanding, best first; none where drafting is to end.
 
         Only a child of a node that was `fed` can be: the drafter has no state of other parents.
         """
-        open_ = [n for n in level if self.parents[n] in fed and self.scores[n] > self.bar]
-        best = self._best(open_, self._width)
-        if not best:
-            return []
-        scores = [self.scores[node] for node in best]
-        places = [bisect_left(self._losses, -score) for score in scores]
-        return best[: self._terms.expanded(depth, scores, places)]
+        best: list[int] = []
+        scores: list[float] = []
+        places: list[int] = []  # how many candidates have higher scores
+        last, ahead = -math.inf, 0
+        for place, (loss, node) in enumerate(self._ranked):
+            if -loss <= self.bar or len(best) == self._width:
+                break
+            if loss > last:
+                last, ahead = loss, place
+            if node in level and self.parents[node] in fed:
+                best.append(node)
+                scores.append(-loss)
+                places.append(ahead)
+        return best[: self._terms.expanded(depth, scores, places)] if best else []
 
     def kept(self) -> list[int]:
         """The best candidates, as many as pay for their place, in flat order."""
-        return sorted(self._best(range(len(self.tokens)), self._paying()))
-
-    def _paying(self) -> int:
-        """How many of the best candidates exceed what their place asks for, up to the first that
-        does not.
-        """
-        for place, (loss, floor) in enumerate(zip(self._losses, self._terms.floors, strict=False)):
-            if -loss <= floor:
-                return place
-        return min(len(self._losses), len(self._terms.floors))
-
-    def _best(self, candidates: Sequence[int], count: int) -> list[int]:
-        """The `count` best by score. Python's sort is stable, reversed too: ties keep order."""
-        return sorted(candidates, key=self.scores.__getitem__, reverse=True)[:count]
+        return sorted([flat for _, flat in self._ranked[: self._paying]])
 
 
 class GuessPath:
@@ -187,17 +204,18 @@ def rows_of(
     """One row of children for each of `parents`, the guess among them; as a row of its own when
     the node it follows was not expanded.
     """
+    # One sum finds any NaN or inf; -inf is a candidate that the drafter excludes.
+    if not sum(map(sum, proposals.log_probs)) < math.inf:
+        raise CheckFailed(
+            "the drafter's log-probabilities hold a value that is not a number or infinite; "
+            "run `pipeline check` on this engine."
+        )
     tip, guess = path.next()
     rows: list[Row] = []
     for parent, tokens, log_probs in zip(parents, *proposals, strict=True):
-        best = max(log_probs)
-        if math.isnan(sum(log_probs)) or best == math.inf:
-            raise CheckFailed(
-                "the drafter's log-probabilities hold a value that is not a number or infinite; "
-                "run `pipeline check` on this engine."
-            )
         joins = guess if parent == tip else None
-        if drawing is None or best == -math.inf:  # a dead end has no law to draw from
+        # A dead end has no law to draw from.
+        if drawing is None or max(log_probs) == -math.inf:
             raw = log_probs[:width]
             rows.append(ListedRow(tokens[:width], raw, terms.chances(depth, raw), width, joins))
         else:

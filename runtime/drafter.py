@@ -24,7 +24,7 @@ from drafter.config import DrafterConfig
 from engines.base import NEW_ROWS, Arrays, Engine
 from runtime.cache import KeyValueCache
 from runtime.candidates import Proposals
-from runtime.target import Feeds, Taps, attention_mask, int_row
+from runtime.target import Feeds, Taps, attention_mask, int_row, int_rows, prefix_mask
 from runtime.tree import Frontier
 
 
@@ -109,6 +109,7 @@ class Window(NamedTuple):
 
 
 DEFAULT_WINDOW = Window()
+_TRIANGLE = np.tri(32, dtype=np.bool_)  # of a round's slots: making one takes longer than the mask
 
 
 class EngineDrafter:
@@ -152,11 +153,12 @@ class EngineDrafter:
         self.cache.truncate(self._rows)
         count, first = len(tokens), self._slots
         self._count(count)
+        packed = int_rows(tokens, range(first, first + count))
         return {
-            "input_ids": int_row(tokens),
+            "input_ids": packed[0:1],
             "taps": taps,
-            "position_ids": int_row(range(first, first + count)),
-            "attention_mask": attention_mask(self._rows, np.tri(count, dtype=np.bool_)),
+            "position_ids": packed[1:2],
+            "attention_mask": attention_mask(self._rows, _triangle(count)),
             "rows": int_row([count - 1]),
         }
 
@@ -177,27 +179,28 @@ class EngineDrafter:
         count = len(frontier.tokens)
         self._count(count)
         fed = self.cache.length - self._rows
-        among = np.zeros((count, fed + count), dtype=np.bool_)
+        mask = prefix_mask(self._rows, count, fed + count)
+        among = mask[0, 0, :, self._rows :]
         for row, ancestors in enumerate(frontier.ancestors):
             for seen in ancestors:
                 among[row, seen] = True
             among[row, fed + row] = True
-        position = self._slots - 1 + frontier.depth
+        packed = int_rows(frontier.tokens, [self._slots - 1 + frontier.depth] * count)
         return {
-            "input_ids": int_row(frontier.tokens),
+            "input_ids": packed[0:1],
             "parent_state": self._state.take(frontier.parent_rows, axis=1),
-            "position_ids": int_row([position] * count),
-            "attention_mask": attention_mask(self._rows, among),
+            "position_ids": packed[1:2],
+            "attention_mask": mask,
         }
 
     def stepped(self, outputs: Arrays) -> Proposals:
         """Keep the rows and states of that pass; the proposals after each of its nodes."""
         self.cache.commit(outputs[NEW_ROWS])
         self._state = outputs["state"]
-        wanted = slice(self.candidates)  # Python numbers of all 64 take longer than the tree
+        wanted = self.candidates  # Python numbers of all 64 take longer than the tree
         return Proposals(
-            tokens=outputs["topk_ids"][0, :, wanted].tolist(),
-            log_probs=outputs["topk_logprobs"][0, :, wanted].tolist(),
+            outputs["topk_ids"][0, :, :wanted].tolist(),
+            outputs["topk_logprobs"][0, :, :wanted].tolist(),
         )
 
     def truncate(self, length: int) -> None:
@@ -229,3 +232,9 @@ class EngineDrafter:
         outputs = engine.decode(feeds, past)
         self.engine_seconds += time.perf_counter() - start
         return outputs
+
+
+def _triangle(count: int) -> npt.NDArray[np.bool_]:
+    """bool [count, count]: each row sees those before it and itself; only to be read."""
+    small = count <= len(_TRIANGLE)
+    return _TRIANGLE[:count, :count] if small else np.tri(count, dtype=np.bool_)

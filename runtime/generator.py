@@ -386,19 +386,16 @@ def _read(
     passed: Round, text: TextStream, stop_ids: frozenset[int]
 ) -> tuple[list[int], str, FinishReason | None]:
     """A pass's tokens up to a stop string, their final text, and why the output ends here."""
-    finish = passed.finish
-    shown: list[str] = []
-    for index, token in enumerate(passed.tokens):
-        if token in stop_ids:  # the last one; a stop token has no text
-            break
-        shown.append(text.push(token))
-        if text.stopped:
-            return passed.tokens[: index + 1], "".join(shown), "stop"
+    tokens, finish = passed.tokens, passed.finish
+    ended = bool(tokens) and tokens[-1] in stop_ids  # the last one; a stop token has no text
+    shown, count = text.push_all(tokens[:-1] if ended else tokens)
+    if text.stopped:
+        return tokens[:count], shown, "stop"
     if finish is not None:
-        shown.append(text.finish())
+        shown += text.finish()
         if text.stopped:
             finish = "stop"
-    return passed.tokens, "".join(shown), finish
+    return tokens, shown, finish
 
 
 def _completion(

@@ -36,6 +36,7 @@ class SuffixLookup:
 
     def __init__(self, temperature: float = 0.0) -> None:
         self._text: list[int] = []
+        self._ending: tuple[int, ...] = ()  # its last tokens, as many as a match can have
         self._after: dict[tuple[int, ...], int] = {}  # n-gram -> place after its last occurrence
         warmth = min(temperature, 1.0)
         pairs = zip(PRIOR, PRIOR_DRAWN, strict=True)
@@ -47,11 +48,14 @@ class SuffixLookup:
     def add(self, tokens: Sequence[int]) -> None:
         """Append accepted tokens; the last guess is scored against them first."""
         self._score(tokens)
-        for token in tokens:
+        after, ending = self._after, self._ending
+        for place, token in enumerate(tokens, start=len(self._text)):
             # An ending is indexed once a token follows it, so a match is never the ending itself.
-            for n in range(1, min(len(PRIOR), len(self._text)) + 1):
-                self._after[tuple(self._text[-n:])] = len(self._text)
-            self._text.append(token)
+            for start in range(len(ending)):
+                after[ending[start:]] = place
+            ending = (*ending, token)[-len(PRIOR) :]
+        self._text += tokens
+        self._ending = ending
 
     def guess(self, longest: int) -> Guess:
         """Up to `longest` tokens after the text, from the longest match; empty without one."""
@@ -62,10 +66,10 @@ class SuffixLookup:
 
     def _find(self) -> tuple[int, int]:
         """Length of the longest match of the text's end and the place after it; (0, 0) for none."""
-        for n in range(min(len(PRIOR), len(self._text)), 0, -1):
-            place = self._after.get(tuple(self._text[-n:]))
+        for start in range(len(self._ending)):
+            place = self._after.get(self._ending[start:])
             if place is not None:
-                return n, place
+                return len(self._ending) - start, place
         return 0, 0
 
     def _log_chance(self, match: int) -> float:

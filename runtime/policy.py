@@ -50,10 +50,13 @@ class FixedPolicy:
 
     def __init__(self, drawn: bool) -> None:
         self._drawn = drawn
+        self._last: tuple[TreeConfig, Plan] | None = None
 
     def plan(self, tree: TreeConfig, _context: int, _pending: int, /) -> Plan:
-        """See `Policy`."""
-        return Plan(True, tree.terms(self._drawn))
+        """See `Policy`. Most rounds have the same tree, and so the same plan."""
+        if self._last is None or self._last[0] is not tree:
+            self._last = tree, Plan(True, tree.terms(self._drawn))
+        return self._last[1]
 
     def observe(self, tree: DraftTree, path: Sequence[int]) -> None:
         """See `Policy`."""

@@ -136,7 +136,7 @@ class Progress:
 
     def advance(self, tree: DraftTree, verdict: Verdict, taps: Taps) -> Block:
         """Take over the accepted nodes, whose taps (and the root's) are `taps` [1, a+1, 3H]."""
-        tokens = [*(tree.tokens[node] for node in verdict.path), verdict.bonus]
+        tokens = [*map(tree.tokens.__getitem__, verdict.path), verdict.bonus]
         self.root = verdict.bonus
         if self._drafts:
             self.pending.add(tokens, taps)

@@ -74,7 +74,7 @@ GREEDY = SamplingConfig()
 
 def argmax(logits: Logits) -> int:
     """The id of the largest logit, the lowest one on a tie. Raises CheckFailed on NaN."""
-    best = int(np.argmax(logits))  # numpy answers the first of equals, and the first NaN if any
+    best = int(logits.argmax())  # numpy answers the first of equals, and the first NaN if any
     if not math.isfinite(logits[best]):
         raise _broken(float(logits[best]))
     return best

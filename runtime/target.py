@@ -107,8 +107,16 @@ class EngineTarget:
     def prefill(self, tokens: Sequence[int]) -> Prefilled:
         """See `Target`."""
         count = len(tokens)
-        mask = np.tri(count, dtype=np.bool_)
-        outputs = self._run(self._feeds(tokens, range(count), mask, rows=[count - 1]))
+        prefix = self.cache.length
+        self.fed += count
+        outputs = self._run(
+            {
+                "input_ids": int_row(tokens),
+                "position_ids": int_row(range(prefix, prefix + count)),
+                "attention_mask": attention_mask(prefix, np.tri(count, dtype=np.bool_)),
+                "rows": int_row([count - 1]),
+            }
+        )
         self.cache.commit(outputs[NEW_ROWS])
         return Prefilled(outputs["logits"][0, 0], outputs["taps"])
 
@@ -118,7 +126,18 @@ class EngineTarget:
 
     def verify_feeds(self, tree: DraftTree) -> Feeds:
         """What a pass over all nodes is fed."""
-        return self._feeds(tree.tokens, tree.depths, tree.mask(), rows=range(len(tree)))
+        prefix, count = self.cache.length, len(tree.tokens)
+        self.fed += count
+        positions = [prefix + depth for depth in tree.depths]
+        packed = int_rows(tree.tokens, positions, range(count))
+        mask = prefix_mask(prefix, count, count)
+        tree.attend(mask[0, 0, :, prefix:])
+        return {
+            "input_ids": packed[0:1],
+            "position_ids": packed[1:2],
+            "attention_mask": mask,
+            "rows": packed[2:3],
+        }
 
     def verified(self, outputs: Arrays) -> LogitRows:
         """The logits of that pass; its other outputs are kept for `commit`."""
@@ -144,22 +163,6 @@ class EngineTarget:
         """See `Target`."""
         self.cache.commit(rows)
 
-    def _feeds(
-        self,
-        tokens: Sequence[int],
-        depths: Sequence[int],
-        mask: npt.NDArray[np.bool_],  # [T, T]: among the new tokens; the prefix is seen by all
-        rows: Sequence[int],
-    ) -> Feeds:
-        prefix = self.cache.length
-        self.fed += len(tokens)
-        return {
-            "input_ids": int_row(tokens),
-            "position_ids": int_row([prefix + depth for depth in depths]),
-            "attention_mask": attention_mask(prefix, mask),
-            "rows": int_row(rows),
-        }
-
     def _run(self, feeds: Feeds) -> Arrays:
         past = self.cache.past()
         start = time.perf_counter()
@@ -173,10 +176,20 @@ def int_row(values: Sequence[int]) -> npt.NDArray[np.int64]:
     return np.array([values], dtype=np.int64)
 
 
+def int_rows(*rows: Sequence[int]) -> npt.NDArray[np.int64]:
+    """int64 [K, N] of K rows: one conversion instead of K; `[i : i + 1]` is `int_row(rows[i])`."""
+    return np.array(rows, dtype=np.int64)
+
+
+def prefix_mask(prefix: int, rows: int, columns: int) -> npt.NDArray[np.bool_]:
+    """bool [1, 1, rows, prefix + columns]: all attend the prefix, and nothing else yet."""
+    mask = np.zeros((1, 1, rows, prefix + columns), dtype=np.bool_)
+    mask[:, :, :, :prefix] = True
+    return mask
+
+
 def attention_mask(prefix: int, among: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     """bool [1, 1, T, prefix + S']: all attend the prefix, and `among` [T, S'] says the rest."""
-    rows, columns = among.shape
-    mask = np.empty((1, 1, rows, prefix + columns), dtype=np.bool_)
-    mask[0, 0, :, :prefix] = True
+    mask = prefix_mask(prefix, *among.shape)
     mask[0, 0, :, prefix:] = among
     return mask

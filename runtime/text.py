@@ -60,6 +60,22 @@ class TextStream:
             return ""
         return self._release(self._decoder.decode(self._tokenizer.id_bytes(token_id)))
 
+    def push_all(self, token_ids: Sequence[int]) -> tuple[str, int]:
+        """`push` of one token after the other: the text that became final, and how many of the
+        tokens it took, not all of them where a stop string was complete. Without stop strings all
+        bytes are decoded at once.
+        """
+        if not self._stops:
+            known, special = self._tokenizer.id_bytes, self._special
+            found = b"".join([known(token) for token in token_ids if token not in special])
+            return self._decoder.decode(found), len(token_ids)
+        shown: list[str] = []
+        for token in token_ids:
+            shown.append(self.push(token))
+            if self.stopped:
+                break
+        return "".join(shown), len(shown)
+
     def finish(self) -> str:
         """The rest, when no more tokens come."""
         shown = self._release(self._decoder.decode(b"", final=True))

@@ -164,11 +164,15 @@ class DraftTree:
         """Who attends whom, bool [N, N]: each node its ancestors and itself."""
         count = len(self.tokens)
         mask = np.zeros((count, count), dtype=np.bool_)
+        self.attend(mask)
+        return mask
+
+    def attend(self, mask: npt.NDArray[np.bool_]) -> None:
+        """Write `mask` where nothing is True yet, bool [N, N], maybe a part of a larger array."""
         for node, parent in enumerate(self.parents):
             if parent >= 0:
-                mask[node, :node] = mask[parent, :node]
+                mask[node] = mask[parent]
             mask[node, node] = True
-        return mask
 
     def path(self, node: int) -> list[int]:
         """Nodes from the root's child down to `node`; empty for the root."""
@@ -248,18 +252,16 @@ def growing(
         nodes = pool.frontier(level, place, depth)
         if not nodes:
             break
-        parents = [pool.parents[node] for node in nodes]
-        frontier = Frontier(
-            tokens=[pool.tokens[node] for node in nodes],
-            parent_rows=[place[parent] for parent in parents],
-            ancestors=[seen[parent] for parent in parents],
-            depth=depth,
-        )
-        proposals = yield frontier
-        place = {node: row for row, node in enumerate(nodes)}
-        for row, node in enumerate(nodes, start=fed):
-            seen[node] = (*seen[pool.parents[node]], row)
-        fed += len(nodes)
+        tokens, parent_rows, ancestors, fed_at = [], [], [], {}
+        for row, node in enumerate(nodes):
+            parent = pool.parents[node]
+            tokens.append(pool.tokens[node])
+            parent_rows.append(place[parent])
+            ancestors.append(seen[parent])
+            fed_at[node] = row
+            seen[node] = (*seen[parent], fed + row)
+        proposals = yield Frontier(tokens, parent_rows, ancestors, depth)
+        place, fed = fed_at, fed + len(nodes)
         level = propose(nodes, proposals, depth + 1)
     while path:
         propose([], Proposals([], []), path.depth(pool) + 1)
@@ -268,14 +270,16 @@ def growing(
 
 def _selected(pool: Pool, root: int) -> DraftTree:
     """The tree of the candidates that are kept, under the root."""
-    kept = pool.kept()
-    node_of = {flat: node for node, flat in enumerate(kept, start=1)}
-    node_of[-1] = 0
-    return DraftTree(
-        tokens=[root] + [pool.tokens[flat] for flat in kept],
-        parents=[-1] + [node_of[pool.parents[flat]] for flat in kept],
-        depths=[0] + [pool.depths[flat] for flat in kept],
-        scores=[0.0] + [pool.scores[flat] for flat in kept],
-        drawn=[None] + [pool.drawn[flat] for flat in kept],
-        raw=[None] + [pool.raw[flat] for flat in kept],
-    )
+    drawn: list[Drawn | None] = [None]
+    raw: list[float | None] = [None]
+    tree = DraftTree([root], [-1], [0], [0.0], drawn, raw)
+    node_of = {-1: 0}
+    for node, flat in enumerate(pool.kept(), start=1):
+        node_of[flat] = node
+        tree.tokens.append(pool.tokens[flat])
+        tree.parents.append(node_of[pool.parents[flat]])
+        tree.depths.append(pool.depths[flat])
+        tree.scores.append(pool.scores[flat])
+        drawn.append(pool.drawn[flat])
+        raw.append(pool.raw[flat])
+    return tree

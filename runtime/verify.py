@@ -48,16 +48,14 @@ def verify_greedy(tree: DraftTree, best_at: Callable[[int], int]) -> Verdict:
 
     `best_at(node)` is the target's argmax after `node`; it is called along the path only.
     """
-    children = tree.children()
     path: list[int] = []
-    node = 0
-    while True:
-        best = best_at(node)
-        match = [child for child in children[node] if tree.tokens[child] == best]
-        if not match:
-            return Verdict(path, best)
-        node = match[0]
-        path.append(node)
+    node, best = 0, best_at(0)
+    # Parents come before children and siblings in draft order, so one look at each node is enough.
+    for child, parent in enumerate(tree.parents):
+        if parent == node and tree.tokens[child] == best:
+            path.append(child)
+            node, best = child, best_at(child)
+    return Verdict(path, best)
 
 
 def verify_sampling(tree: DraftTree, law_at: Callable[[int], Law], dice: Dice) -> Verdict:

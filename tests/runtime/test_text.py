@@ -128,6 +128,23 @@ class TestStopStrings:
         pieces, text = stream([b"a\n", b"\nb\n"], ["\n\n\n"])
         assert (pieces, text.stopped) == (["a", "\n\nb", "\n"], False)
 
+    @settings(max_examples=150, deadline=None)
+    @given(tokens=divided(few | texts | mangled), stop=stops, at=st.integers(0, 9))
+    def test_tokens_at_once_give_what_they_give_one_after_the_other(
+        self, tokens: list[bytes], stop: list[str], at: int
+    ) -> None:
+        ids = [i if token else SPECIAL for i, token in enumerate(tokens, start=1)]
+        one, all_ = (TextStream(Bytes(tokens), stop) for _ in range(2))
+        for block in (ids[:at], ids[at:]):
+            pieces = []
+            while len(pieces) < len(block) and not one.stopped:
+                pieces.append(one.push(block[len(pieces)]))
+            assert all_.push_all(block) == ("".join(pieces), len(pieces))
+            assert all_.stopped == one.stopped
+            if one.stopped:
+                return
+        assert all_.finish() == one.finish()
+
 
 class TestCheckStops:
     def test_accepts_one_or_several(self) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Mapping, Sequence
 
 from drafter.errors import UsageError
 from runtime.batch_budget import Budget, Player, Shape, shaped
@@ -109,16 +110,28 @@ class Batch:
         outcomes = self._feed()
         self.last_batch = len(running)
         if running:
-            outcomes |= BatchRound(self.models, self.budget.costs).run(self._trees(running))
-        for member, outcome in outcomes.items():
-            if isinstance(outcome, Exception):
-                self.remove(member, broken=True)
-                continue
-            member.text += outcome.tokens
-            if member.progress.finish is not None:
+            outcomes |= self._round(running)
+        return {member: self._settled(member, outcome) for member, outcome in outcomes.items()}
+
+    def _settled(self, member: Member, outcome: Outcome) -> Outcome:
+        """What a step was for a request in the end, which is let go if it ended or failed."""
+        try:
+            if isinstance(outcome, Round):
+                member.text += outcome.tokens
+                if member.progress.finish is None:
+                    return outcome
                 self._keep(member)
-                self.remove(member)
-        return outcomes
+        except Exception as error:
+            outcome = error
+        self.remove(member, broken=isinstance(outcome, Exception))
+        return outcome
+
+    def _round(self, running: Sequence[Member]) -> Mapping[Member, Outcome]:
+        """A round of these; what goes wrong with it as a whole ends them, and nobody else."""
+        try:
+            return BatchRound(self.models, self.budget.costs).run(self._trees(running))
+        except Exception as error:
+            return dict.fromkeys(running, error)
 
     def check_memory(self, request: Request) -> None:
         """Refuse a request that could never have its rows. Raises UsageError."""
@@ -179,7 +192,7 @@ class Batch:
         if self.prefixes is not None:
             self.prefixes.keep(member.text, member.target, member.drafter)
 
-    def _trees(self, running: list[Member]) -> dict[Member, TreeConfig | None]:
+    def _trees(self, running: Sequence[Member]) -> dict[Member, TreeConfig | None]:
         """The tree that each running request may draft in this round."""
         players = [
             Player(member.gains, member.request.tree, _reproducible(member))

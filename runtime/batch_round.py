@@ -7,7 +7,8 @@ What goes wrong with one request ends that request alone; a pass that fails ends
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from engines.base import Arrays, Engine
 from runtime.batch_budget import Shape
@@ -51,24 +52,26 @@ class BatchRound:
     def _draft(self, trees: Mapping[Member, TreeConfig]) -> dict[Member, DraftTree]:
         growths: dict[Member, Growth] = {}
         for member, first in self._extend(list(trees)).items():
-            growths[member] = member.progress.growing(first, trees[member])
+            with self._own(member):
+                growths[member] = member.progress.growing(first, trees[member])
         done: dict[Member, DraftTree] = {}
         # The first `send` of a generator must send None.
         sent: dict[Member, Proposals | None] = dict.fromkeys(growths)
         while sent:
-            frontiers = {}
+            feeds: dict[Member, Feeds] = {}
             for member, proposals in sent.items():
-                try:
-                    frontiers[member] = growths[member].send(proposals)  # type: ignore[arg-type]
-                except StopIteration as end:
-                    done[member] = end.value
-                except Exception as error:
-                    self.outcomes[member] = error
+                with self._own(member):
+                    try:
+                        frontier = growths[member].send(proposals)  # type: ignore[arg-type]
+                    except StopIteration as end:
+                        done[member] = end.value
+                    else:
+                        feeds[member] = _drafter(member).step_feeds(frontier)
             sent = dict(
                 self._pass(
                     "step",
                     self._models.step,
-                    {m: _drafter(m).step_feeds(f) for m, f in frontiers.items()},
+                    feeds,
                     lambda member, outputs: _drafter(member).stepped(outputs),
                 )
             )
@@ -78,13 +81,10 @@ class BatchRound:
         feeds: dict[Member, Feeds] = {}
         for member in members:
             start = time.perf_counter()
-            try:
+            with self._own(member):
                 member.catch_up()
-            except Exception as error:
-                self.outcomes[member] = error
-                continue
-            self._seconds["extend"] += time.perf_counter() - start
-            feeds[member] = _drafter(member).extend_feeds(*member.progress.pending.take())
+                self._seconds["extend"] += time.perf_counter() - start
+                feeds[member] = _drafter(member).extend_feeds(*member.progress.pending.take())
         return self._pass(
             "extend",
             self._models.extend,
@@ -103,11 +103,17 @@ class BatchRound:
         parts = [Part(fed, member.drafter_slot) for member, fed in feeds.items()]
         found: dict[Member, Proposals] = {}
         for member, outputs in zip(feeds, self._run(kind, engine, parts, feeds), strict=False):
-            try:
+            with self._own(member):  # a full context, or no memory for it
                 found[member] = read(member, outputs)
-            except Exception as error:  # a full context, or no memory for it
-                self.outcomes[member] = error
         return found
+
+    @contextmanager
+    def _own(self, member: Member) -> Iterator[None]:
+        """What goes wrong inside is the outcome of this member alone."""
+        try:
+            yield
+        except Exception as error:
+            self.outcomes[member] = error
 
     def _run(
         self, kind: Kind, engine: Engine, parts: list[Part], members: Mapping[Member, object]
@@ -128,21 +134,26 @@ class BatchRound:
     def _verify(
         self, whole: Mapping[Member, DraftTree], trees: Mapping[Member, TreeConfig | None]
     ) -> None:
-        parts = [m.target_part(m.target.verify_feeds(tree)) for m, tree in whole.items()]
-        passed = self._run("verify", self._models.target, parts, whole)
-        emitted = {}
-        for (member, tree), outputs in zip(whole.items(), passed, strict=False):
-            try:
-                verdict = member.progress.verify(tree, member.target.verified(outputs))
-                taps = member.target.commit([0, *verdict.path])
-                emitted[member] = member.progress.advance(tree, verdict, taps)
-            except Exception as error:
-                self.outcomes[member] = error
-                continue
-            shape = trees[member]
-            if member.gains is not None and shape is not None:
-                member.gains.observe(tree, verdict.path, Shape(shape.depth, shape.budget))
+        parts: dict[Member, Part] = {}
+        for member, tree in whole.items():
+            with self._own(member):
+                parts[member] = member.target_part(member.target.verify_feeds(tree))
+        passed = self._run("verify", self._models.target, list(parts.values()), parts)
+        emitted: dict[Member, Block] = {}
+        for member, outputs in zip(parts, passed, strict=False):
+            with self._own(member):
+                emitted[member] = self._accept(member, whole[member], outputs, trees[member])
         self._tell(emitted, whole)
+
+    def _accept(
+        self, member: Member, tree: DraftTree, outputs: Arrays, shape: TreeConfig | None
+    ) -> Block:
+        """What of a verified tree, drafted with room for `shape`, the member emits."""
+        verdict = member.progress.verify(tree, member.target.verified(outputs))
+        taps = member.target.commit([0, *verdict.path])
+        if member.gains is not None and shape is not None:
+            member.gains.observe(tree, verdict.path, Shape(shape.depth, shape.budget))
+        return member.progress.advance(tree, verdict, taps)
 
     def _tell(self, emitted: Mapping[Member, Block], whole: Mapping[Member, DraftTree]) -> None:
         """What the round was for each of those that came through it."""

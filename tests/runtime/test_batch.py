@@ -12,6 +12,7 @@ from runtime.batch import MAX_BATCH, Batch
 from runtime.batch_budget import Budget, Player, Shape
 from runtime.decode import Request, Round, decode
 from runtime.member import Member, Models
+from runtime.prefixes import PrefixCache
 from runtime.sampling import SamplingConfig, SeededDice
 from runtime.tree import TreeConfig
 from tests.runtime.tiny_engines import Tiny, tiny
@@ -264,6 +265,92 @@ class TestLeaving:
         run(batch, [late], tokens)
         for member in (members[0], members[2], late):
             assert tokens[member] == alone(model, member.request, speculate=False)
+
+
+def broken_once(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> Exception:
+    """Let the next call of a method fail, and only that one."""
+    sound, error = getattr(owner, name), ValueError(f"{name} fails once")
+
+    def fail(*_: object) -> None:
+        monkeypatch.setattr(owner, name, sound)
+        raise error
+
+    monkeypatch.setattr(owner, name, fail)
+    return error
+
+
+class TestMishaps:
+    """Whatever fails once, wherever: the others, a joining one too, get what they would have."""
+
+    @staticmethod
+    def mixed() -> tuple[Batch, list[Member], dict[Member, list[int]]]:
+        """Two members that run, and one whose first token comes with the next step."""
+        batch = Batch(models_of(GOOD), 3, budget=Fixed(Shape(4, 10)))
+        members = [batch.add(Request(p, 25, tree=WIDE), SeededDice(0)) for p in PROMPTS[:2]]
+        tokens: dict[Member, list[int]] = {}
+        for _ in range(4):
+            for member, outcome in batch.step().items():
+                tokens.setdefault(member, []).extend(outcome.tokens)  # type: ignore[union-attr]
+        members.append(batch.add(Request(PROMPTS[2], 25, tree=WIDE), SeededDice(0)))
+        return batch, members, tokens
+
+    @pytest.mark.parametrize(
+        ("part", "name"),
+        [
+            ("pending", "take"),
+            ("drafter", "extend_feeds"),
+            ("progress", "growing"),
+            ("drafter", "step_feeds"),
+            ("target", "verify_feeds"),
+            ("gains", "observe"),
+        ],
+    )
+    def test_of_one_end_it_alone(
+        self, monkeypatch: pytest.MonkeyPatch, part: str, name: str
+    ) -> None:
+        batch, members, tokens = self.mixed()
+        first = members[0]
+        owner = first.progress.pending if part == "pending" else getattr(first, part)
+        error = broken_once(monkeypatch, owner, name)
+        outcomes = batch.step()
+        assert outcomes.pop(first) is error
+        assert first not in batch.members
+        for member, outcome in outcomes.items():
+            assert isinstance(outcome, Round), outcome
+            tokens.setdefault(member, []).extend(outcome.tokens)
+        run(batch, members[1:], tokens)
+        for member in members[1:]:
+            assert tokens[member] == alone(GOOD, member.request, speculate=False)
+
+    @pytest.mark.parametrize("name", ["choose", "observe"])
+    def test_of_a_whole_round_end_those_in_it_alone(
+        self, monkeypatch: pytest.MonkeyPatch, name: str
+    ) -> None:
+        batch, members, tokens = self.mixed()
+        owner = batch.budget if name == "choose" else batch.budget.costs
+        error = broken_once(monkeypatch, owner, name)
+        outcomes = batch.step()
+        assert [outcomes[member] for member in members[:2]] == [error, error]
+        joined = outcomes[members[2]]
+        assert isinstance(joined, Round)
+        tokens[members[2]] = list(joined.tokens)
+        late = batch.add(members[0].request, SeededDice(0))
+        run(batch, [members[2], late], tokens)
+        for member in (members[2], late):
+            assert tokens[member] == alone(GOOD, member.request, speculate=False)
+
+    def test_of_keeping_a_text_end_the_one_that_ended(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        batch, members, _ = self.mixed()
+        batch.prefixes = PrefixCache(2**20)
+        while members[2] not in batch.running:
+            batch.step()
+        error = broken_once(monkeypatch, batch.prefixes, "keep")
+        failed: list[Member] = []
+        while batch.members:
+            failed += [member for member, outcome in batch.step().items() if outcome is error]
+        assert len(failed) == 1
 
 
 class TestRefusals:

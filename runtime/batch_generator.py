@@ -2,17 +2,20 @@
 
 Its streams decode together (`runtime.batch`): taking a piece from one of them runs a step of all,
 and what the others get waits for them. So any way of taking turns serves all alike, and one thread
-is enough; two threads must not take pieces at once. A stream joins with its first piece and leaves
-when it is closed. Beyond `max_batch` streams wait for each other.
+is enough; a second one that takes a piece meanwhile is refused with UsageError, which ends its
+stream. A stream joins with its first piece and leaves when it is closed, by any thread. Beyond
+`max_batch` streams wait for each other.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from drafter.errors import UsageError
 from drafter.tokenizer import ChatTokenizer
 from engines.base import EngineSet
 from runtime.batch import MAX_BATCH, Batch
@@ -61,6 +64,7 @@ class BatchGenerator(Generator):
         )
         self._steps = 0
         self._inbox: dict[Member, deque[Outcome]] = {}
+        self._gone: deque[Member] = deque()  # closed while another thread was in a step
 
     @classmethod
     def load(
@@ -136,8 +140,9 @@ class BatchGenerator(Generator):
 
     def _joined(self, request: Request, answer: Answer, drafter: Drafter | None) -> Iterator[Piece]:
         dice = SeededDice(request.sampling.seed)
-        member = self.batch.add(request, dice, speculate=drafter is not None)
-        inbox = self._inbox[member] = deque()
+        with self._turn():
+            member = self.batch.add(request, dice, speculate=drafter is not None)
+            inbox = self._inbox[member] = deque()
         seen = self._steps if len(self._inbox) == 1 else -1  # another one's turn may be next
         try:
             while True:
@@ -156,11 +161,36 @@ class BatchGenerator(Generator):
                     break
                 yield piece
         finally:
-            self.batch.remove(member)
-            del self._inbox[member]
+            self._gone.append(member)
+            # A stream may be closed at any time, by the garbage collector too: who is in a step
+            # now, or takes the next turn, lets the member go.
+            with suppress(UsageError), self._turn():
+                pass
         yield piece
 
     def _step(self) -> None:
-        self._steps += 1
-        for member, outcome in self.batch.step().items():
-            self._inbox[member].append(outcome)
+        with self._turn():
+            self._steps += 1
+            for member, outcome in self.batch.step().items():
+                self._inbox[member].append(outcome)
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """The batch for one thread alone, without the streams that were closed."""
+        if not self._busy.acquire(blocking=False):
+            raise UsageError(
+                "another thread is taking a piece of this BatchGenerator; take the pieces of all "
+                "its streams in one thread, or guard them with a lock."
+            )
+        try:
+            self._let_go()
+            yield
+        finally:
+            self._let_go()
+            self._busy.release()
+
+    def _let_go(self) -> None:
+        while self._gone:
+            member = self._gone.popleft()
+            self.batch.remove(member)
+            del self._inbox[member]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +14,9 @@ from hypothesis import strategies as st
 from drafter.errors import UsageError
 from runtime.batch import Batch
 from runtime.batch_generator import BatchGenerator
+from runtime.batch_round import Outcome
 from runtime.generator import Completion, Piece
+from runtime.member import Member
 from tests.runtime.test_batch import models_of
 from tests.runtime.test_generator import TREE, TinyTokenizer, generator_of
 from tests.runtime.tiny_engines import tiny
@@ -80,6 +85,47 @@ def test_closing_one_frees_its_place() -> None:
     assert outcome(drained(second)[-1].completion) == outcome(
         SINGLE.generate("a cat", max_tokens=5, raw=True)
     )
+
+
+class HeldBatch(Batch):
+    """A batch whose steps, while `held`, wait in their middle."""
+
+    def __init__(self) -> None:
+        super().__init__(models_of(MODEL), 3, prefill_chunk=4)
+        self.held, self.inside, self.go = False, threading.Event(), threading.Event()
+
+    def step(self) -> dict[Member, Outcome]:
+        if self.held:
+            self.inside.set()
+            assert self.go.wait(20)
+        return super().step()
+
+
+def test_a_second_thread_is_refused_and_spoils_nothing() -> None:
+    batch = HeldBatch()
+    generator = BatchGenerator(batch, TinyTokenizer(), tree=TREE)
+    options: dict[str, Any] = {"max_tokens": 20, "raw": True}
+    first, second, closed = [generator.stream(p, **options) for p in PROMPTS[:3]]
+    early = [next(first)]
+    for stream in (second, closed):
+        next(stream)
+    batch.held = True
+    with ThreadPoolExecutor(1) as pool:
+        rest = pool.submit(drained, first)
+        assert batch.inside.wait(20)
+        with pytest.raises(UsageError, match="another thread"):
+            drained(second)
+        with pytest.raises(UsageError, match="another thread"):
+            next(generator.stream(PROMPTS[3], **options))
+        closed.close()  # type: ignore[attr-defined]  # a Python generator
+        assert len(batch.members) == 3  # nobody leaves in the middle of a step
+        batch.held = False
+        batch.go.set()
+        own = early + rest.result()
+    assert outcome(own[-1].completion) == outcome(SINGLE.generate(PROMPTS[0], **options))
+    assert not batch.members
+    again = generator.generate(PROMPTS[1], **options)
+    assert outcome(again) == outcome(SINGLE.generate(PROMPTS[1], **options))
 
 
 def test_what_cannot_be_answered_is_refused_before_the_first_piece() -> None:

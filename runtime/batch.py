@@ -6,8 +6,8 @@ the prompts of others are; joining requests take turns, so that one of c chunks 
 at most c * j steps; and who waits is admitted in order of arrival, overtaken by nobody.
 
 The output of a request is that of `runtime.decode`: it has its own tree, dice and caches, and
-padding is never attended. A request with a seed keeps its own tree size too, whatever the batch;
-the others' follows the batch (`runtime.batch_budget`).
+padding is never attended. The trees of a request with a seed do not follow the batch either: they
+are those it has alone. The others' do (`runtime.batch_budget`).
 """
 
 from __future__ import annotations
@@ -15,13 +15,17 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from drafter.errors import UsageError
+from engines.base import DEFAULT_DRAWN_TREE
 from runtime.batch_budget import Budget, Player, Shape, shaped
-from runtime.batch_costs import Costs
-from runtime.batch_round import BatchRound, Outcome
+from runtime.batch_costs import costs_of
+from runtime.batch_round import BatchRound, Outcome, Planned
+from runtime.cost import CostModel
 from runtime.decode import Round, check_request
 from runtime.member import Member, Models, most_rows
+from runtime.policy import Market, Policy
 from runtime.prefixes import PrefixCache
 from runtime.progress import Request
 from runtime.sampling import Dice
@@ -37,7 +41,8 @@ class Batch:
     """Up to `max_batch` requests at a time; `max_waiting` more may wait.
 
     `max_rows` bounds the tokens, prompt and answer, that the requests in it may come to: memory
-    for more is never asked for. Raises UsageError for a `max_batch` out of range.
+    for more is never asked for. `costs`: those measured on this machine, where they are known.
+    Raises UsageError for a `max_batch` out of range.
     """
 
     def __init__(
@@ -50,7 +55,7 @@ class Batch:
         prefill_chunk: int = BATCH_PREFILL_CHUNK,
         budget: Budget | None = None,
         prefixes: PrefixCache | None = None,
-        costs: Costs | None = None,
+        costs: CostModel | None = None,
     ) -> None:
         if not 1 <= max_batch <= MAX_BATCH:
             raise UsageError(
@@ -58,7 +63,8 @@ class Batch:
                 f"{MAX_BATCH} sequences in one pass."
             )
         self.max_batch = max_batch
-        self.budget = budget or Budget(costs)
+        self.budget = budget or Budget(costs_of(costs))
+        self._market = None if costs is None else Market(costs)
         self.prefixes = prefixes
         self.running: list[Member] = []
         self.last_batch = 0  # requests in the last round
@@ -81,10 +87,11 @@ class Batch:
         """Let a request wait for its place. Raises UsageError where it cannot be decoded, needs
         more memory than the batch has, or too many wait.
         """
-        gains = None
+        gains = policy = None
         if speculate:
+            request, policy = self._own_trees(request)
             gains = self.budget.gains(request.tree, drawn=not request.sampling.greedy)
-        member = Member(request, dice, self.models, gains)
+        member = Member(request, dice, self.models, gains, policy)
         check_request(request, member.target, member.drafter)
         self.check_memory(request)
         self._check_waiting()
@@ -129,7 +136,7 @@ class Batch:
     def _round(self, running: Sequence[Member]) -> Mapping[Member, Outcome]:
         """A round of these; what goes wrong with it as a whole ends them, and nobody else."""
         try:
-            return BatchRound(self.models, self.budget.costs).run(self._trees(running))
+            return BatchRound(self.models, self.budget.costs).run(self._plans(running))
         except Exception as error:
             return dict.fromkeys(running, error)
 
@@ -192,23 +199,58 @@ class Batch:
         if self.prefixes is not None:
             self.prefixes.keep(member.text, member.target, member.drafter)
 
-    def _trees(self, running: Sequence[Member]) -> dict[Member, TreeConfig | None]:
-        """The tree that each running request may draft in this round."""
-        players = [
-            Player(member.gains, member.request.tree, _reproducible(member))
-            for member in running
-            if member.gains is not None
-        ]
+    def _own_trees(self, request: Request) -> tuple[Request, Policy | None]:
+        """A request whose trees must not follow the batch gets, if they are adaptive, a policy of
+        its own, as it has alone; where costs are not known, the default tree below its ceilings.
+        """
+        if not _reproducible(request) or request.tree.mode == "fixed":
+            return request, None
+        if self._market is not None:
+            return request, self._market.policy(request.sampling)
+        return replace(request, tree=_fixed_below(request.tree)), None
+
+    def _plans(self, running: Sequence[Member]) -> dict[Member, Planned | None]:
+        """What each running request may draft in this round."""
+        own = {member: _own_plan(member) for member in running if _reproducible(member.request)}
+        players = []
+        for member in running:
+            if member.gains is None:
+                continue
+            if member not in own:
+                players.append(Player(member.gains, member.request.tree))
+            elif (plan := own[member]) is not None and plan.drafts:
+                # How large its tree becomes is not known yet: about as large as its last one.
+                tree = plan.tree if member.policy is None else shaped(plan.tree, member.drafted)
+                players.append(Player(member.gains, tree or plan.tree, fixed=True))
         shape = self.budget.choose(players, len(running))
-        return {member: self._tree(member, shape) for member in running}
-
-    def _tree(self, member: Member, shape: Shape) -> TreeConfig | None:
-        tree = member.request.tree
-        chosen = tree if _reproducible(member) else shaped(tree, shape)
-        return None if chosen is None else member.progress.fitted(member.target.length, chosen)
+        return {m: own[m] if m in own else _shared_plan(m, shape) for m in running}
 
 
-def _reproducible(member: Member) -> bool:
+def _shared_plan(member: Member, shape: Shape) -> Planned | None:
+    """Of a request whose tree follows the batch."""
+    tree = shaped(member.request.tree, shape)
+    fitted = None if tree is None else member.progress.fitted(member.target.length, tree)
+    return None if fitted is None else Planned(fitted)
+
+
+def _own_plan(member: Member) -> Planned | None:
+    """Of a request whose tree does not: the one that it would have alone (`runtime.decode`)."""
+    length, progress = member.target.length, member.progress
+    fitted = progress.fitted(length)
+    if fitted is None:
+        return None
+    if member.policy is None:
+        return Planned(fitted)
+    return Planned(fitted, *member.policy.plan(fitted, length, progress.pending.count))
+
+
+def _reproducible(request: Request) -> bool:
     """Whether the draft tree must not follow the batch: what is drawn depends on its size."""
-    sampling = member.request.sampling
-    return not sampling.greedy and sampling.seed is not None
+    return not request.sampling.greedy and request.sampling.seed is not None
+
+
+def _fixed_below(ceilings: TreeConfig) -> TreeConfig:
+    """The default tree of drawn requests, no larger than `ceilings` in anything."""
+    tree = TreeConfig.from_dict(DEFAULT_DRAWN_TREE)
+    names = ("depth", "width", "budget", "lookup")
+    return replace(tree, **{n: min(getattr(tree, n), getattr(ceilings, n)) for n in names})

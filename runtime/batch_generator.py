@@ -19,7 +19,6 @@ from drafter.errors import UsageError
 from drafter.tokenizer import ChatTokenizer
 from engines.base import EngineSet
 from runtime.batch import MAX_BATCH, Batch
-from runtime.batch_costs import costs_of
 from runtime.batch_limits import default_batch, default_rows
 from runtime.batch_round import Outcome
 from runtime.calibration import Tell
@@ -104,10 +103,9 @@ class BatchGenerator(Generator):
         max_rows: int | None = None,
     ) -> BatchGenerator:
         """On an engine folder that is open; `max_batch` and `max_rows`: see `Batch`."""
-        manifest = engines.manifest
-        models, measured = Models.of(engines), costs_of(costs)
+        manifest, models = engines.manifest, Models.of(engines)
         return cls(
-            Batch(models, max_batch, max_rows=max_rows, prefixes=prefixes, costs=measured),
+            Batch(models, max_batch, max_rows=max_rows, prefixes=prefixes, costs=costs),
             ChatTokenizer.load(manifest.folder),
             eos_ids=manifest.target.eos_token_ids,
             tree=TreeConfig.from_dict(manifest.tree),

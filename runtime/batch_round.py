@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from engines.base import Arrays, Engine
 from runtime.batch_budget import Shape
@@ -20,10 +21,21 @@ from runtime.member import Member, Models
 from runtime.progress import Block
 from runtime.stats import RoundStats, Work
 from runtime.target import Feeds
+from runtime.terms import Terms
 from runtime.together import Part, run_together
 from runtime.tree import DraftTree, Growth, TreeConfig
 
 Outcome = Round | Exception
+
+
+class Planned(NamedTuple):
+    """What one member may draft in a round: a tree no larger than `tree`, on `terms` (None: its
+    own); where not `drafts`, of guesses alone, without the drafter.
+    """
+
+    tree: TreeConfig
+    drafts: bool = True
+    terms: Terms | None = None
 
 
 class BatchRound:
@@ -37,23 +49,26 @@ class BatchRound:
         self._start = time.perf_counter()
         self._seconds: dict[Kind, float] = {"verify": 0.0, "extend": 0.0, "step": 0.0}
 
-    def run(self, trees: Mapping[Member, TreeConfig | None]) -> dict[Member, Outcome]:
-        """One round of the members, with the tree each of them may draft; None: plain."""
-        self._work = {member: member.work() for member in trees}
-        drafted = self._draft({m: tree for m, tree in trees.items() if tree is not None})
+    def run(self, plans: Mapping[Member, Planned | None]) -> dict[Member, Outcome]:
+        """One round of the members, with what each of them may draft; None: it decodes plainly."""
+        self._work = {member: member.work() for member in plans}
+        drafted = self._draft({m: plan for m, plan in plans.items() if plan is not None})
         whole = {
             member: drafted.get(member) or DraftTree.root_only(member.progress.root)
-            for member in trees
+            for member in plans
             if member not in self.outcomes
         }
-        self._verify(whole, trees)
+        self._verify(whole, plans)
         return self.outcomes
 
-    def _draft(self, trees: Mapping[Member, TreeConfig]) -> dict[Member, DraftTree]:
+    def _draft(self, plans: Mapping[Member, Planned]) -> dict[Member, DraftTree]:
+        firsts: dict[Member, Proposals | None] = {m: None for m in plans if not plans[m].drafts}
+        firsts |= self._extend([member for member in plans if plans[member].drafts])
         growths: dict[Member, Growth] = {}
-        for member, first in self._extend(list(trees)).items():
+        for member, first in firsts.items():
+            tree, _, terms = plans[member]
             with self._own(member):
-                growths[member] = member.progress.growing(first, trees[member])
+                growths[member] = member.progress.growing(first, tree, terms)
         done: dict[Member, DraftTree] = {}
         # The first `send` of a generator must send None.
         sent: dict[Member, Proposals | None] = dict.fromkeys(growths)
@@ -132,7 +147,7 @@ class BatchRound:
         return outputs
 
     def _verify(
-        self, whole: Mapping[Member, DraftTree], trees: Mapping[Member, TreeConfig | None]
+        self, whole: Mapping[Member, DraftTree], plans: Mapping[Member, Planned | None]
     ) -> None:
         parts: dict[Member, Part] = {}
         for member, tree in whole.items():
@@ -142,17 +157,20 @@ class BatchRound:
         emitted: dict[Member, Block] = {}
         for member, outputs in zip(parts, passed, strict=False):
             with self._own(member):
-                emitted[member] = self._accept(member, whole[member], outputs, trees[member])
+                emitted[member] = self._accept(member, whole[member], outputs, plans[member])
         self._tell(emitted, whole)
 
     def _accept(
-        self, member: Member, tree: DraftTree, outputs: Arrays, shape: TreeConfig | None
+        self, member: Member, tree: DraftTree, outputs: Arrays, plan: Planned | None
     ) -> Block:
-        """What of a verified tree, drafted with room for `shape`, the member emits."""
+        """What of its verified tree a member emits; those who plan trees learn from it."""
         verdict = member.progress.verify(tree, member.target.verified(outputs))
         taps = member.target.commit([0, *verdict.path])
-        if member.gains is not None and shape is not None:
-            member.gains.observe(tree, verdict.path, Shape(shape.depth, shape.budget))
+        if member.policy is not None:
+            member.policy.observe(tree, verdict.path)
+            member.drafted = Shape(max(1, *tree.depths), max(1, len(tree) - 1))
+        elif member.gains is not None and plan is not None:
+            member.gains.observe(tree, verdict.path, Shape(plan.tree.depth, plan.tree.budget))
         return member.progress.advance(tree, verdict, taps)
 
     def _tell(self, emitted: Mapping[Member, Block], whole: Mapping[Member, DraftTree]) -> None:

@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 from drafter.config import DrafterConfig, TargetConfig
 from engines.base import Engine, EngineSet
-from runtime.batch_budget import Gains
+from runtime.batch_budget import Gains, Shape
 from runtime.cache import KeyValueCache
 from runtime.decode import prefill, work_of
 from runtime.drafter import EngineDrafter
+from runtime.policy import Policy
 from runtime.prefixes import PrefixCache
 from runtime.progress import Block, Progress, Request
 from runtime.sampling import Dice
@@ -64,10 +65,19 @@ def most_rows(request: Request, models: Models) -> int:
 class Member:
     """One request of a batch. `rows`: the most cached rows it can come to need."""
 
-    def __init__(self, request: Request, dice: Dice, models: Models, gains: Gains | None) -> None:
+    def __init__(
+        self,
+        request: Request,
+        dice: Dice,
+        models: Models,
+        gains: Gains | None,
+        policy: Policy | None = None,
+    ) -> None:
         context = models.max_context
         self.request = request
         self.gains = gains  # None: it decodes plainly
+        self.policy = policy  # its own, of a request whose tree is adaptive whatever the batch
+        self.drafted = Shape(1, 1)  # size of the tree that its policy led to last
         self.progress = Progress(request, dice, context, drafts=gains is not None)
         self.rows = most_rows(request, models)
         self.fed = self.reused = 0  # prompt tokens the target has seen, and whose rows were kept

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drafter.errors import CheckFailed, UsageError
+from engines.base import DEFAULT_DRAWN_TREE
 from runtime.batch import MAX_BATCH, Batch
 from runtime.batch_budget import Budget, Player, Shape
+from runtime.cost import CostModel
 from runtime.decode import Request, Round, decode
 from runtime.member import Member, Models
+from runtime.policy import Market
 from runtime.prefixes import PrefixCache
 from runtime.sampling import SamplingConfig, SeededDice
 from runtime.tree import TreeConfig
+from tests.runtime.made_costs import table
 from tests.runtime.tiny_engines import Tiny, tiny
 
 PROMPTS = [[1, 2, 3, 5, 2, 7, 1, 4], [9], [4, 4, 4], list(range(20)), [3, 1, 2] * 4]
@@ -370,6 +376,77 @@ class TestRefusals:
         with pytest.raises(UsageError, match=r"1 requests are being answered.*1 wait"):
             batch.add(Request([1], 5), SeededDice(0))
         assert len(batch.members) == 2
+
+
+class TestAdaptiveTreesOfSeededRequests:
+    """They are priced as in a Generator: by the stored costs and the request, not by the batch."""
+
+    TREE = TreeConfig(depth=6, width=4, budget=16, lookup=4, mode="adaptive")
+    CHEAP = CostModel(table(node_ms=0.1, step_ms=0.2))
+    DEAR = CostModel(table(node_ms=20.0, step_ms=10.0))
+
+    def wanted(self, seed: int | None, tree: TreeConfig = TREE) -> Request:
+        return Request([1, 2, 3, 4], 60, SamplingConfig(1.0, seed=seed), tree=tree)
+
+    @staticmethod
+    def rounds(
+        batch: Batch, requests: list[Request], seeds: list[int | None]
+    ) -> list[list[tuple[list[int], int]]]:
+        """Of each request, each round's tokens and drafted nodes."""
+        found: dict[Member, list[tuple[list[int], int]]] = {}
+        for request, seed in zip(requests, seeds, strict=True):
+            found[batch.add(request, SeededDice(seed))] = []
+        while batch.members:
+            for member, outcome in batch.step().items():
+                assert isinstance(outcome, Round), outcome
+                found[member].append((outcome.tokens, outcome.stats.drafted))
+        return list(found.values())
+
+    @pytest.mark.parametrize("costs", [CHEAP, DEAR])
+    @pytest.mark.parametrize("max_batch", [1, 4])
+    def test_are_those_of_a_generator(self, costs: CostModel, max_batch: int) -> None:
+        seeds: list[int | None] = [7, 8, None, None]
+        requests = [self.wanted(seed) for seed in seeds[:3]]
+        requests.append(Request(PROMPTS[0], 60, tree=WIDE))  # a greedy one among them
+        batch = Batch(models_of(GOOD), max_batch, costs=costs)
+        for request, found in zip(requests[:2], self.rounds(batch, requests, seeds), strict=False):
+            policy = Market(costs).policy(request.sampling)
+            dice = SeededDice(request.sampling.seed)
+            passes = decode(GOOD.target, GOOD.drafter, request, dice, policy)
+            assert found == [(passed.tokens, passed.stats.drafted) for passed in passes]
+
+    def test_are_left_where_they_do_not_pay(self) -> None:
+        bad = tiny(1, noise=6.0)
+        batch = Batch(models_of(bad), 2, costs=self.DEAR)
+        [found] = self.rounds(batch, [self.wanted(7)], [7])
+        assert sum(drafted for _, drafted in found) < 0.1 * len(found)
+
+    def test_without_costs_are_the_default_one_below_their_ceilings(self) -> None:
+        default = TreeConfig.from_dict(DEFAULT_DRAWN_TREE)
+        expected = replace(default, depth=3, budget=9, lookup=2)
+        ceilings = replace(self.TREE, depth=3, width=8, budget=9, lookup=2)
+        batch = Batch(models_of(GOOD), 2)
+        [found] = self.rounds(batch, [self.wanted(7, ceilings)], [7])
+        passes = decode(GOOD.target, GOOD.drafter, self.wanted(7, expected), SeededDice(7))
+        assert found == [(passed.tokens, passed.stats.drafted) for passed in passes]
+
+    def test_count_for_the_others_with_the_size_they_had_last(self) -> None:
+        seen: list[tuple[int, Shape]] = []
+
+        class Spy(Budget):
+            def choose(self, players: list[Player], batch: int) -> Shape:  # type: ignore[override]
+                seen.extend((p.tree.budget, member.drafted) for p in players if p.fixed)
+                return super().choose(players, batch)
+
+        batch = Batch(models_of(GOOD), 2, budget=Spy(), costs=CostModel(table()))
+        member = batch.add(self.wanted(7), SeededDice(7))
+        pool = batch.budget.gains(self.TREE, drawn=True).table.copy()
+        while batch.members:
+            batch.step()
+        assert all(budget <= drafted.nodes for budget, drafted in seen)
+        assert len({budget for budget, _ in seen}) > 2
+        later = batch.budget.gains(self.TREE, drawn=True).table
+        assert (later == pool).all()  # and teach them nothing
 
 
 def test_members_that_have_a_seed_are_not_reshaped() -> None:

@@ -113,7 +113,9 @@ class Budget:
         """The gains of a new request, which begin as those of the requests before it."""
         pool = self._pools.get(drawn)
         if pool is None or pool.table.shape[0] < tree.depth or pool.table.shape[1] < tree.budget:
-            self._pools[drawn] = pool = Gains(tree.depth, tree.budget, pool)
+            seen = (0, 0) if pool is None else pool.table.shape
+            size = max(tree.depth, seen[0]), max(tree.budget, seen[1])  # nothing is unlearnt
+            self._pools[drawn] = pool = Gains(*size, pool)
             pool._pool = None
         return Gains(tree.depth, tree.budget, pool)
 

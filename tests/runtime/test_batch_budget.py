@@ -79,6 +79,16 @@ class TestGains:
             table = budget.gains(tree, drawn=False).table
             assert table.shape == (tree.depth, tree.budget)
 
+    def test_of_a_tree_with_more_nodes_and_fewer_levels_leave_what_deeper_ones_taught(self) -> None:
+        budget = Budget()
+        deep = TreeConfig(depth=5, width=2, budget=4)
+        gains = budget.gains(deep, drawn=False)
+        for _ in range(200):
+            gains.observe(random_tree(3, deep), [], Shape(5, 4))
+        taught = budget.gains(deep, drawn=False).table.copy()
+        budget.gains(TREE, drawn=False)  # 3 levels, 12 nodes
+        assert (budget.gains(deep, drawn=False).table == taught).all()
+
 
 class TestPassCosts:
     def test_a_line_is_found(self) -> None:

@@ -40,9 +40,9 @@ BATCH_PREFILL_CHUNK = 128  # prompt tokens between two rounds of the others
 class Batch:
     """Up to `max_batch` requests at a time; `max_waiting` more may wait.
 
-    `max_rows` bounds the tokens, prompt and answer, that the requests in it may come to: memory
-    for more is never asked for. `costs`: those measured on this machine, where they are known.
-    Raises UsageError for a `max_batch` out of range.
+    `max_rows` bounds the rows that the slots of the requests in it may come to, each as long as
+    that of the longest one: prompt and answer. `costs`: those measured on this machine, where
+    they are known. Raises UsageError for a `max_batch` out of range.
     """
 
     def __init__(
@@ -165,8 +165,9 @@ class Batch:
     def _admit(self) -> None:
         """Those who waited longest, while there are slots and memory for them."""
         while self._waiting and self._free:
-            held = sum(member.rows for member in (*self.running, *self._joining))
-            if self._max_rows is not None and held + self._waiting[0].rows > self._max_rows:
+            rows = [m.rows for m in (*self.running, *self._joining, self._waiting[0])]
+            # A slot has room for the longest, and those who leave stay written in it.
+            if self._max_rows is not None and len(rows) * max(rows) > self._max_rows:
                 return
             self._joining.append(self._waiting.popleft())
 

@@ -210,6 +210,16 @@ class TestTurns:
         run(batch, [large, last], tokens)
         assert [len(tokens[m]) for m in (large, last)] == [25, 2]
 
+    def test_memory_counts_a_slot_as_long_as_the_longest_for_each(self) -> None:
+        batch = Batch(models_of(GOOD), 4, max_rows=100)
+        long = batch.add(Request([1] * 30, 20), SeededDice(0))
+        shorts = [batch.add(Request([2, 3], 8), SeededDice(0)) for _ in range(2)]
+        for _ in range(4):
+            batch.step()
+        assert long in batch.running
+        assert batch._waiting[0] is shorts[1]  # 3 times 50 rows
+        run(batch, [long, *shorts], {})
+
 
 class TestLeaving:
     def test_one_that_is_removed_changes_no_other(self) -> None:

@@ -177,8 +177,8 @@ class Market:
     def policy(self, sampling: SamplingConfig) -> AdaptivePolicy:
         """The policy of one request."""
         drawn = not sampling.greedy
-        own = drawn and sampling.seed is not None
-        return AdaptivePolicy(self, self._learner() if own else self._learners[drawn], drawn)
+        learner = self._learner() if sampling.reproducible else self._learners[drawn]
+        return AdaptivePolicy(self, learner, drawn)
 
     def prices(self, tree: TreeConfig, context: int) -> Prices:
         """Costs at a cached context, the same for all of a span of it."""

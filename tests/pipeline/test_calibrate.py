@@ -76,6 +76,18 @@ def test_a_damaged_file_is_measured_anew(engine: Path) -> None:
     assert isinstance(stored_costs(engine, 1), CostTable)
 
 
+def test_costs_that_cannot_be_kept_serve_all_the_same(engine: Path, cache: Path) -> None:
+    """A file lies where the cache should be: measured costs are shown and used, and it is said."""
+    cache.write_text("")
+    result = run_command("calibrate", f"--engine={engine}", "--threads=1", "--json")
+    assert result.code == 0
+    assert CostTable.model_validate(result.json).verify
+    assert "cannot be kept" in result.err
+    heard: list[str] = []
+    Generator.load(engine, 1, lambda what, _: heard.append(what), adaptive=True)
+    assert "cannot be kept" in heard[-1]
+
+
 def test_a_busy_machine_is_named(engine: Path) -> None:
     quiet = calibrated(engine).model_copy(update={"noisy": False})
     assert noise_sentence(quiet) is None

@@ -206,6 +206,11 @@ class TestTerms:
         assert children.gain(0.8, 0.3) == pytest.approx(0.8 * 0.5 - 0.3)
         assert children.gain(0.8, 0.9) == 0
 
+    @pytest.mark.parametrize("price", [0.0, 0.1])
+    def test_children_of_an_impossible_node_bring_nothing(self, price: float) -> None:
+        """exp(-800) is 0; beneath a price of 0 such a node may enter the tree."""
+        assert Children().gain(math.exp(-800), price) == 0
+
 
 def answer(market: Market, key: tuple[str, float, int], count: int = 60, **more: int) -> list[int]:
     """How many nodes each round verified."""

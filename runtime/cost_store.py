@@ -22,7 +22,7 @@ from drafter.errors import MissingError
 from engines import read_engine
 from engines.backends import find_backend
 from engines.base import EngineSet
-from engines.machine import physical_cores, processor
+from engines.machine import physical_cores, processor, usable_cpus
 from runtime.calibration import SPREAD, Tell, measure_costs
 from runtime.cost import CostModel, CostTable
 
@@ -43,7 +43,7 @@ def identity(folder: Path, threads: int | None = None) -> dict[str, Any]:
     found = package_versions()
     return {
         "engine": fingerprint(manifest),
-        "machine": processor(),
+        "machine": processor() | {"cpus": usable_cpus()},
         "threads": threads or physical_cores(),
         "versions": {name: found[name] for name in ("slimspec", package) if name in found},
     }

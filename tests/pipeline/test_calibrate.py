@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from engines import build_engines
+from runtime.batch_generator import BatchGenerator
 from runtime.cost import CostTable
 from runtime.cost_store import costs_folder, noise_sentence, stored_costs
 from runtime.generator import Generator
+from runtime.tree import ADAPTIVE_TREE
 from tests.pipeline.command import assert_refused, run_command
 
 
@@ -65,6 +70,26 @@ def test_what_was_measured_elsewhere_is_not_used(
     Generator.load(engine, 1, lambda what, _: heard.append(what), adaptive=True)
     assert sum(words in what for what in heard) == 1
     assert isinstance(stored_costs(engine, 1), CostTable)
+
+
+def test_batches_measure_too_where_the_engines_own_trees_are_adaptive(
+    engine: Path, tmp_path: Path
+) -> None:
+    made = tmp_path / "made"
+    build_engines(engine.parent / "export", made, threads=1, tree=asdict(ADAPTIVE_TREE))
+    heard: list[str] = []
+    BatchGenerator.load(made, 1, lambda what, _: heard.append(what), max_batch=2)
+    assert "measuring them" in heard[0]
+    assert isinstance(stored_costs(made, 1), CostTable)
+
+
+def test_costs_of_other_cores_of_the_same_number_are_not_used(
+    engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibrated(engine)
+    cores = len(os.sched_getaffinity(0))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64, 64 + cores)))
+    assert "not measured on this machine" in str(stored_costs(engine, 1))
 
 
 def test_a_damaged_file_is_measured_anew(engine: Path) -> None:

@@ -29,7 +29,7 @@ from runtime.sampling import SeededDice
 from runtime.target import EngineTarget, attention_mask, int_row
 from runtime.tree import TreeConfig
 
-BATCHES = (1,)  # engines decode one sequence a pass
+BATCHES = (1,)  # a batch costs what its rows do in one sequence (`runtime.batch_costs`)
 CONTEXTS = (64, 512, 1536)
 VERIFY_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 EXTEND_SIZES = (1, 2, 3, 4, 6, 8, 16, 32)

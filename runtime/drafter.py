@@ -53,7 +53,7 @@ class DrafterRows(NamedTuple):
     @property
     def whole(self) -> bool:
         """Whether nothing is forgotten."""
-        return self.rows.shape[1] == self.slots
+        return bool(self.rows.shape[1] == self.slots)
 
     @property
     def oldest(self) -> int:

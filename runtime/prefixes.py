@@ -68,7 +68,7 @@ class _Kept(NamedTuple):
         if self.drafter is None:
             return False
         slots = min(count, self.drafter.slots)
-        return self.drafter.reusable(slots, count) == slots
+        return bool(self.drafter.reusable(slots, count) == slots)
 
 
 class PrefixCache:

@@ -14,6 +14,7 @@ from typing import Any
 
 _SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
+_CPUINFO = Path("/proc/cpuinfo")
 _MEMORY = Path("/proc/meminfo")
 _MEMORY_LIMIT, _MEMORY_USED = (
     Path("/sys/fs/cgroup/memory.max"),
@@ -48,6 +49,12 @@ def _quota(default: int) -> int:
 
 # Instruction sets that decide how fast matrix products are.
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "amx_bf16")
+_ARM = ("CPU implementer", "CPU part")
+
+
+def usable_cpus() -> list[int]:
+    """The logical processors that this process may run on, by number."""
+    return sorted(os.sched_getaffinity(0))
 
 
 def processor() -> dict[str, Any]:
@@ -63,16 +70,18 @@ def processor() -> dict[str, Any]:
 
 def _model_and_flags() -> tuple[str, list[str]]:
     try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        text = _CPUINFO.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return platform.processor() or platform.machine(), []
-    fields: dict[str, str] = {}
+    fields: dict[str, set[str]] = {}
     for line in text.splitlines():
         name, _, value = line.partition(":")
-        fields[name.strip()] = value.strip()
-    flags = set(fields.get("flags", fields.get("Features", "")).split())
-    model = fields.get("model name") or platform.machine()
-    return model, [flag for flag in _FLAGS if flag in flags]
+        fields.setdefault(name.strip(), set()).add(value.strip())
+    flags = set(" ".join(fields.get("flags", fields.get("Features", set()))).split())
+    # ARM names no model: implementer and part say which, several where cores differ.
+    parts = [part for name in _ARM for part in sorted(fields.get(name, ()))]
+    models = sorted(fields.get("model name", ())) or [platform.machine(), *parts]
+    return " ".join(models), [flag for flag in _FLAGS if flag in flags]
 
 
 def available_bytes() -> int:

@@ -163,12 +163,14 @@ def _tree(options: BuildOptions) -> dict[str, Any]:
 def calibrate_stage(engine: Path, threads: int | None = None, force: bool = False) -> CostTable:
     """The measured costs of an engine here; measured now where there are none, or by `force`."""
     from engines import open_engines
-    from runtime.cost_store import calibrate, noise_sentence, stored_costs
+    from runtime.cost_store import calibrate, noise_sentence, store, stored_costs
 
     found = stored_costs(engine, threads)
     if isinstance(found, str) or force:
         with progress("calibrate") as tell:
             found = calibrate(engine, open_engines(engine, threads=threads), threads, tell)
+        if (said := store(found)) is not None:
+            note(said)
     if (said := noise_sentence(found)) is not None:
         note(said)
     return found

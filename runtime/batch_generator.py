@@ -79,15 +79,18 @@ class BatchGenerator(Generator):
     ) -> BatchGenerator:
         """Open an engine folder. `max_batch` and `max_rows` (see `Batch`) are by default what suits
         the machine. What passes cost is read from the cache, or measured (some seconds; `tell`
-        hears so) if `adaptive`; without it, it is learnt from the first rounds. Raises UsageError
-        or MissingError, as `open_engines` does.
+        hears so) if the engine's trees are adaptive or `adaptive` says that a request's will be;
+        without it, it is learnt from the first rounds. Raises UsageError or MissingError, as
+        `open_engines` does.
         """
         from engines import open_engines  # with the backends, which only this needs
         from runtime.cost_store import known_costs
 
         folder = Path(engine_dir)
         engines = open_engines(folder, threads=threads, verify=True)
-        known = known_costs(folder, lambda: engines, threads, tell, measure=adaptive)
+        trees = engines.manifest.tree, engines.manifest.drawn_tree
+        needed = adaptive or any(TreeConfig.from_dict(t).mode == "adaptive" for t in trees)
+        known = known_costs(folder, lambda: engines, threads, tell, measure=needed)
         rows = default_rows(Models.of(engines)) if max_rows is None else max_rows
         size = default_batch(rows, threads) if max_batch is None else max_batch
         return cls.of(engines, known, prefixes, max_batch=size, max_rows=rows)

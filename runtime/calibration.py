@@ -5,15 +5,14 @@ rows: times do not depend on their values. Points are timed in turn, in a new or
 that a machine that slows down for a while is equally unkind to all; the least of the repeats
 counts. The repeats are split in two: where the least times of the halves differ by more than
 `SPREAD`, the machine is too busy, and it is measured again, at most `TRIES` times and not beyond
-`PATIENCE`; what is left then is marked noisy.
+`PATIENCE` (each point is timed twice at least); what is left then is marked noisy.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from statistics import median
 from typing import Any, NamedTuple
@@ -30,7 +29,7 @@ from runtime.sampling import SeededDice
 from runtime.target import EngineTarget, attention_mask, int_row
 from runtime.tree import TreeConfig
 
-BATCHES = (1,)  # engines decode one sequence a pass
+BATCHES = (1,)  # a batch costs what its rows do in one sequence (`runtime.batch_costs`)
 CONTEXTS = (64, 512, 1536)
 VERIFY_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 EXTEND_SIZES = (1, 2, 3, 4, 6, 8, 16, 32)
@@ -38,8 +37,9 @@ STEP_SIZES = (1, 2, 3, 4, 6, 8)
 _HEAD_SLOTS = 8  # a pass of `extend` with one and with all of its states through the head
 SPREAD = 0.1
 TRIES = 3
-PATIENCE = 30.0  # seconds after which no further repeat begins
+PATIENCE = 30.0  # seconds after which no pass is timed again
 _REPEATS = 6
+_FEWEST = 2  # repeats of every pass, however long they take: one for each half
 _OWN_TOKENS = 17
 _OWN_TREE = TreeConfig(depth=3, width=4, budget=8)
 
@@ -118,19 +118,23 @@ def measure_costs(engines: EngineSet, tell: Tell = lambda _what, _share: None) -
 
 def _time(timings: Sequence[Timing], tell: Tell) -> float:
     """Repeat every pass until they agree, or patience ends; returns by how much they differ."""
+    rng, end = np.random.default_rng(0), time.monotonic() + PATIENCE
     for timing in timings:
         timing.call()  # memory and bindings are made here
-    rng, end = np.random.default_rng(0), time.monotonic() + PATIENCE
     for repeat in range(TRIES * _REPEATS):
         words = "the machine is busy: measuring again" if repeat >= _REPEATS else "measuring passes"
         tell(words, repeat / (TRIES * _REPEATS))
         for index in rng.permutation(len(timings)):
+            if repeat >= _FEWEST and time.monotonic() > end:
+                return _spread(timings)
             timings[index].repeat()
-        spread = median(timing.spread for timing in timings) if repeat else math.inf
-        late = repeat > 0 and time.monotonic() > end
-        if late or ((repeat + 1) % _REPEATS == 0 and spread <= SPREAD):
+        if (repeat + 1) % _REPEATS == 0 and _spread(timings) <= SPREAD:
             break
-    return spread
+    return _spread(timings)
+
+
+def _spread(timings: Sequence[Timing]) -> float:
+    return median(timing.spread for timing in timings)
 
 
 def _passes(engines: EngineSet) -> dict[Point, Pass]:
@@ -233,7 +237,8 @@ def _own_seconds(engines: EngineSet) -> tuple[float, float]:
     target = EngineTarget(engines.target, manifest.target, manifest.max_context)
     drafter = EngineDrafter(engines.extend, engines.step, manifest.drafter, manifest.max_context)
     prompt = np.random.default_rng(0).integers(manifest.vocab_size, size=8).tolist()
-    request = Request(prompt, _OWN_TOKENS, tree=_OWN_TREE)
+    tree = replace(_OWN_TREE, width=min(_OWN_TREE.width, drafter.top_k))
+    request = Request(prompt, _OWN_TOKENS, tree=tree)
 
     def rounds(with_drafter: EngineDrafter | None) -> Sequence[float]:
         passed = list(decode(target, with_drafter, request, SeededDice(0)))

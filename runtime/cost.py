@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from drafter.errors import UsageError
 
-SCHEMA = 1
+SCHEMA: Literal[1] = 1
 Kind = Literal["verify", "extend", "step"]
 Seconds = npt.NDArray[np.float64]
 
@@ -60,7 +60,7 @@ class CostTable(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_by_name=True)
 
-    schema_version: int = Field(default=SCHEMA, alias="schema")
+    schema_version: Literal[1] = Field(default=SCHEMA, alias="schema")
     engine: str
     machine: dict[str, Any]
     threads: int = Field(ge=1)
@@ -100,7 +100,7 @@ class CostModel:
         if not batches[0] <= batch <= batches[-1]:
             raise UsageError(
                 f"the costs of batch {batch} were not measured (but those of {batches[0]} to "
-                f"{batches[-1]}); run `pipeline calibrate --force`."
+                f"{batches[-1]}); ask for rows in one sequence instead."
             )
         planes = [self._at_context(kind, count, context, size) for size in batches]
         return _between(batches, planes, batch)
@@ -183,15 +183,18 @@ class Prediction(NamedTuple):
 def predicted(costs: CostModel, shape: RoundShape, context: int, batch: int = 1) -> Prediction:
     """Tokens a second of one sequence that the measured costs promise rounds of this shape.
 
+    `batch` sequences of T rows each are taken to cost what one of `batch` * T rows does, as in
+    `runtime.batch_costs`: passes of one sequence are what is measured.
     Costs are those of the mean sizes, so a mixture of small and large trees is met only roughly.
     """
 
     def seconds(kind: Kind, size: float) -> float:
-        curve = costs.upto(kind, int(np.ceil(size)) + 1, context, batch)
-        return float(np.interp(size, np.arange(len(curve)), curve))
+        rows = batch * size
+        curve = costs.upto(kind, int(np.ceil(rows)) + 1, context)
+        return float(np.interp(rows, np.arange(len(curve)), curve))
 
     spent = seconds("verify", shape.nodes + 1) + costs.own
     if shape.extended:
         spent += seconds("extend", shape.extended) + costs.own_draft
     spent += sum(seconds("step", size) for size in shape.steps)
-    return Prediction(shape.tau / spent, 1 / costs.plain(context, batch))
+    return Prediction(shape.tau / spent, 1 / (seconds("verify", 1) + costs.own))

@@ -18,10 +18,11 @@ from pydantic import ValidationError
 
 from drafter.artifact import atomic_write_json, fingerprint, package_versions
 from drafter.cache import cache_root
+from drafter.errors import MissingError
 from engines import read_engine
 from engines.backends import find_backend
 from engines.base import EngineSet
-from engines.machine import physical_cores, processor
+from engines.machine import physical_cores, processor, usable_cpus
 from runtime.calibration import SPREAD, Tell, measure_costs
 from runtime.cost import CostModel, CostTable
 
@@ -42,7 +43,7 @@ def identity(folder: Path, threads: int | None = None) -> dict[str, Any]:
     found = package_versions()
     return {
         "engine": fingerprint(manifest),
-        "machine": processor(),
+        "machine": processor() | {"cpus": usable_cpus()},
         "threads": threads or physical_cores(),
         "versions": {name: found[name] for name in ("slimspec", package) if name in found},
     }
@@ -61,7 +62,7 @@ def stored_costs(folder: Path, threads: int | None = None) -> CostTable | str:
     path = path_of(known)
     try:
         table = CostTable.model_validate_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return f"not measured on this machine with threads {known['threads']} yet"
     except (OSError, ValidationError, ValueError):
         return f"measured, but {path} is damaged"
@@ -75,14 +76,26 @@ def stored_costs(folder: Path, threads: int | None = None) -> CostTable | str:
 def calibrate(
     folder: Path, engines: EngineSet, threads: int | None = None, tell: Tell | None = None
 ) -> CostTable:
-    """Measure open engines of `folder` and store the costs."""
+    """Measure open engines of `folder`; `store` keeps what was found."""
     measured = measure_costs(engines, *([] if tell is None else [tell]))
     known = identity(folder, threads)
     created = datetime.now(UTC).isoformat(timespec="seconds")
-    table = CostTable(created=created, **known, **measured._asdict())
-    costs_folder().mkdir(parents=True, exist_ok=True)
-    atomic_write_json(path_of(known), table.model_dump(mode="json", by_alias=True))
-    return table
+    return CostTable(created=created, **known, **measured._asdict())
+
+
+def store(table: CostTable) -> str | None:
+    """Keep measured costs for later. Where that fails they serve this process alone: returns the
+    sentence that says so.
+    """
+    path = path_of({name: getattr(table, name) for name in _SHOWN})
+    try:
+        atomic_write_json(path, table.model_dump(mode="json", by_alias=True))
+    except (OSError, MissingError) as error:
+        return (
+            f"the measured costs cannot be kept as {path} ({error}) and are measured again next "
+            "time; choose another cache with SLIMSPEC_CACHE."
+        )
+    return None
 
 
 def known_costs(
@@ -103,6 +116,8 @@ def known_costs(
         if tell is not None:
             tell(f"the costs of {folder.name} were {found}: measuring them", None)
         found = calibrate(folder, opened(), threads, tell)
+        if (said := store(found)) is not None and tell is not None:
+            tell(said, None)
     return CostModel(found)
 
 

@@ -28,19 +28,54 @@ from runtime.target import Feeds, Taps, attention_mask, int_row, int_rows, prefi
 from runtime.tree import Frontier
 
 
+class Window(NamedTuple):
+    """Slots that the drafter keeps: the first `sink` and at least the latest `recent`.
+
+    Up to a quarter more of the latest ones stay, so that rows are moved only now and then.
+    """
+
+    sink: int = 4
+    recent: int = 1024
+
+    def excess(self, rows: int) -> int:
+        """How many of `rows` kept ones to forget now, from place `sink` on."""
+        full = self.sink + self.recent
+        return rows - full if rows > full + self.recent // 4 else 0
+
+
 class DrafterRows(NamedTuple):
-    """Cached rows [2, P, KV] of the first `slots` slots, without those forgotten after `sink`."""
+    """Cached rows [2, P, KV] of the first `slots` slots, without those forgotten after the sink."""
 
     rows: npt.NDArray[np.float32]
     slots: int
-    sink: int
+    window: Window
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is forgotten."""
+        return bool(self.rows.shape[1] == self.slots)
+
+    @property
+    def oldest(self) -> int:
+        """The slot from which on all are held (the sink's are besides)."""
+        return 0 if self.whole else self.window.sink + self.slots - self.rows.shape[1]
 
     def first(self, slots: int) -> DrafterRows:
         """Of fewer slots; where they end in what is forgotten, the sink is all that is left."""
         kept = self.rows.shape[1] - (self.slots - slots)
-        whole = self.rows.shape[1] == self.slots
-        kept = kept if whole else max(kept, min(self.sink, slots))
+        kept = kept if self.whole else max(kept, min(self.window.sink, slots))
         return self._replace(rows=self.rows[:, :kept], slots=slots)
+
+    def reusable(self, slots: int, length: int) -> int:
+        """How many of the first `slots` slots a text that begins with them, fed up to `length`, may
+        go on from: of the latest slots it then lacks at most a quarter of the window's.
+
+        Where more are forgotten, those of a whole window are left to be fed again.
+        """
+        slots, (sink, recent) = min(slots, self.slots), self.window
+        if self.oldest <= max(sink, length - recent + recent // 4):
+            return slots
+        return min(slots, max(sink, length - recent))
 
 
 class Drafter(Protocol):
@@ -91,21 +126,6 @@ class Drafter(Protocol):
     def restore(self, rows: DrafterRows, slots: int) -> None:
         """Begin with `slots` slots that were computed earlier; there must be none yet."""
         ...
-
-
-class Window(NamedTuple):
-    """Slots that the drafter keeps: the first `sink` and at least the latest `recent`.
-
-    Up to a quarter more of the latest ones stay, so that rows are moved only now and then.
-    """
-
-    sink: int = 4
-    recent: int = 1024
-
-    def excess(self, rows: int) -> int:
-        """How many of `rows` kept ones to forget now, from place `sink` on."""
-        full = self.sink + self.recent
-        return rows - full if rows > full + self.recent // 4 else 0
 
 
 DEFAULT_WINDOW = Window()
@@ -214,7 +234,7 @@ class EngineDrafter:
     def rows(self, most: int) -> DrafterRows:
         """See `Drafter`."""
         block = self.cache.past().block[:, : self._rows]
-        held = DrafterRows(block, self._slots, self._window.sink)
+        held = DrafterRows(block, self._slots, self._window)
         return held.first(min(most, self._slots))
 
     def restore(self, rows: DrafterRows, slots: int) -> None:

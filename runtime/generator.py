@@ -328,7 +328,8 @@ class Generator:
         answer.track = track
         with self._claimed():
             if kept is not None:
-                answer.reused = kept.resume(request.prompt, target, drafter)
+                exact = request.sampling.reproducible
+                answer.reused = kept.resume(request.prompt, target, drafter, exact=exact)
             watched = track.watch(target, drafter) if track is not None else (target, drafter)
             for passed in decode(*watched, request, dice, policy, answer.reused):
                 piece = answer.piece(passed)

@@ -44,6 +44,8 @@ class Children:
         """Expected tokens that the children of a node of path chance `mass` bring beyond `price`
         each: the mean over rows of the sum of max(0, mass * chance - price).
         """
+        if mass == 0:  # the chance of a path may be less than a number can tell from 0
+            return 0.0
         paying = bisect_left(self._losses, -price / mass)
         return (mass * self._sums[paying] - price * paying) / len(self._rows)
 

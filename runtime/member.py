@@ -109,7 +109,8 @@ class Member:
 
     def resume(self, prefixes: PrefixCache) -> None:
         """Begin with the rows of an earlier text, before anything is fed."""
-        self.reused = prefixes.resume(self.request.prompt, self.target, self.drafter)
+        prompt, exact = self.request.prompt, self.request.sampling.reproducible
+        self.reused = prefixes.resume(prompt, self.target, self.drafter, exact=exact)
         self.fed = self.reused
 
     def feed(self, most: int) -> Block | None:

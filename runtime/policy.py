@@ -21,7 +21,7 @@ from runtime.terms import Terms
 from runtime.tree import DraftTree, TreeConfig
 
 _SPAN = 128  # cached tokens that share their prices
-_SLOTS = 8  # no more slots of an `extend` are charged to a round: those of a prompt are not its own
+_SLOTS = 8  # no more slots of an `extend` are charged to a round, and none of the prompt's
 
 
 class Plan(NamedTuple):
@@ -131,6 +131,9 @@ class AdaptivePolicy:
         self._prices: Prices | None = None
         self._terms: PricedTerms | None = None
         self._drafts = False
+        # Slots that waited before the first round, all but the root's: how many depends on how the
+        # prompt was fed, or came from an earlier text, so no plan may depend on them.
+        self._of_prompt: int | None = None
         self._extend = self._rate = 0.0
 
     def plan(self, tree: TreeConfig, context: int, pending: int, /) -> Plan:
@@ -138,7 +141,12 @@ class AdaptivePolicy:
         prices = self._prices = self._market.prices(tree, context)
         rate = self._rate = self._learner.rate(prices.plain)
         self._drafts = self._learner.drafts(rate)
-        self._extend = prices.extend[min(pending, _SLOTS)] if self._drafts else 0.0
+        if self._of_prompt is None:
+            self._of_prompt = pending - 1
+        self._extend = 0.0
+        if self._drafts:
+            self._extend = prices.extend[min(pending - self._of_prompt, _SLOTS)]
+            self._of_prompt = 0
         terms = self._terms = PricedTerms(prices, self._learner, rate, tree.budget, self._drawn)
         return Plan(self._drafts, terms)
 
@@ -177,8 +185,8 @@ class Market:
     def policy(self, sampling: SamplingConfig) -> AdaptivePolicy:
         """The policy of one request."""
         drawn = not sampling.greedy
-        own = drawn and sampling.seed is not None
-        return AdaptivePolicy(self, self._learner() if own else self._learners[drawn], drawn)
+        learner = self._learner() if sampling.reproducible else self._learners[drawn]
+        return AdaptivePolicy(self, learner, drawn)
 
     def prices(self, tree: TreeConfig, context: int) -> Prices:
         """Costs at a cached context, the same for all of a span of it."""

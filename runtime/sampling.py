@@ -54,6 +54,13 @@ class SamplingConfig:
         """Whether the law is a point mass on the largest logit."""
         return self.temperature == 0
 
+    @property
+    def reproducible(self) -> bool:
+        """Whether draws depend on a seed, which alone must decide them: what the draft tree follows
+        must then not depend on other requests.
+        """
+        return not self.greedy and self.seed is not None
+
 
 def _finite(value: Any) -> bool:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -314,6 +314,7 @@ def serve(
       pipeline serve
       SLIMSPEC_API_KEY=secret pipeline serve --host 0.0.0.0 --port 8080
     """
+    from pipeline.progress import said_once
     from pipeline.workspace import last_engine
     from runtime.server import ServerSettings
     from runtime.server import serve as run_server
@@ -337,7 +338,7 @@ def serve(
     settings = ServerSettings.from_options(
         called, **{name: value for name, value in given.items() if value is not None}
     )
-    run_server(engine or last_engine(), settings)
+    run_server(engine or last_engine(), settings, said_once())
 
 
 def _prompt(prompt: str | None, system: str | None, raw: bool) -> str | list[dict[str, str]]:

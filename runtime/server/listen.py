@@ -31,6 +31,7 @@ from runtime.server.connections import patient_protocol
 from runtime.server.settings import API_KEY_VARIABLE, ServerSettings
 
 if TYPE_CHECKING:
+    from runtime.calibration import Tell
     from runtime.generator import Generator
 
 logger = logging.getLogger("slimspec.server")
@@ -91,8 +92,10 @@ def open_socket(host: str, port: int) -> socket.socket:
         ) from None
 
 
-def serve(engine_dir: str | Path, settings: ServerSettings) -> None:
-    """Serve an engine folder, as `run` does. Raises UsageError or MissingError."""
+def serve(engine_dir: str | Path, settings: ServerSettings, tell: Tell | None = None) -> None:
+    """Serve an engine folder, as `run` does; `tell` hears where costs are measured first. Raises
+    UsageError or MissingError.
+    """
     from runtime.batch_generator import BatchGenerator  # heavy
     from runtime.prefixes import PrefixCache
 
@@ -101,7 +104,7 @@ def serve(engine_dir: str | Path, settings: ServerSettings) -> None:
     with open_socket(settings.host, settings.port) as listener:  # first: loading takes longer
         name = read_artifact(Path(engine_dir), KIND, verify=False, mend=MEND).name
         generator = BatchGenerator.load(
-            engine_dir, settings.threads, prefixes=prefixes, max_batch=settings.max_batch
+            engine_dir, settings.threads, tell, prefixes=prefixes, max_batch=settings.max_batch
         )
         if settings.model_name is None:
             settings = settings.model_copy(update={"model_name": name})

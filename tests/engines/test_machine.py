@@ -40,6 +40,18 @@ def test_hyper_threads_of_one_core_count_once(
     assert physical_cores() == 2
 
 
+def test_an_arm_processor_is_named_by_its_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = []
+    for part in ("0xd0c", "0xd4f"):
+        cpuinfo = tmp_path / part
+        cpuinfo.write_text(f"processor : 0\nCPU implementer : 0x41\nCPU part\t: {part}\n")
+        monkeypatch.setattr(machine, "_CPUINFO", cpuinfo)
+        names.append(machine.processor()["cpu"])
+    assert [name.split()[-2:] for name in names] == [["0x41", "0xd0c"], ["0x41", "0xd4f"]]
+
+
 def test_every_backend_is_listed_with_what_it_has_or_lacks() -> None:
     found = {status.name: status for status in backends_available()}
     assert found.keys() >= BACKENDS.keys() | {"tensorrt", "tensorrt-rtx", "tensorrt-llm"}

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from engines import build_engines
+from runtime.batch_generator import BatchGenerator
 from runtime.cost import CostTable
 from runtime.cost_store import costs_folder, noise_sentence, stored_costs
 from runtime.generator import Generator
+from runtime.tree import ADAPTIVE_TREE
 from tests.pipeline.command import assert_refused, run_command
 
 
@@ -67,6 +72,26 @@ def test_what_was_measured_elsewhere_is_not_used(
     assert isinstance(stored_costs(engine, 1), CostTable)
 
 
+def test_batches_measure_too_where_the_engines_own_trees_are_adaptive(
+    engine: Path, tmp_path: Path
+) -> None:
+    made = tmp_path / "made"
+    build_engines(engine.parent / "export", made, threads=1, tree=asdict(ADAPTIVE_TREE))
+    heard: list[str] = []
+    BatchGenerator.load(made, 1, lambda what, _: heard.append(what), max_batch=2)
+    assert "measuring them" in heard[0]
+    assert isinstance(stored_costs(made, 1), CostTable)
+
+
+def test_costs_of_other_cores_of_the_same_number_are_not_used(
+    engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibrated(engine)
+    cores = len(os.sched_getaffinity(0))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64, 64 + cores)))
+    assert "not measured on this machine" in str(stored_costs(engine, 1))
+
+
 def test_a_damaged_file_is_measured_anew(engine: Path) -> None:
     calibrated(engine)
     (file,) = costs_folder().iterdir()
@@ -74,6 +99,18 @@ def test_a_damaged_file_is_measured_anew(engine: Path) -> None:
     assert "damaged" in str(stored_costs(engine, 1))
     calibrated(engine)
     assert isinstance(stored_costs(engine, 1), CostTable)
+
+
+def test_costs_that_cannot_be_kept_serve_all_the_same(engine: Path, cache: Path) -> None:
+    """A file lies where the cache should be: measured costs are shown and used, and it is said."""
+    cache.write_text("")
+    result = run_command("calibrate", f"--engine={engine}", "--threads=1", "--json")
+    assert result.code == 0
+    assert CostTable.model_validate(result.json).verify
+    assert "cannot be kept" in result.err
+    heard: list[str] = []
+    Generator.load(engine, 1, lambda what, _: heard.append(what), adaptive=True)
+    assert "cannot be kept" in heard[-1]
 
 
 def test_a_busy_machine_is_named(engine: Path) -> None:

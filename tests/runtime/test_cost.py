@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from drafter.errors import UsageError
-from runtime.cost import CostModel, Curve, RoundShape, marginal, predicted
+from runtime.cost import CostModel, CostTable, Curve, RoundShape, marginal, predicted
 from tests.runtime.made_costs import table
 
 
@@ -45,12 +45,17 @@ class TestCostModel:
         curves = (curve({1: 10}, 0, 1), curve({1: 30}, 0, 5))
         costs = CostModel(table(verify=curves))
         assert 1e3 * costs.verify(1, 0, batch=2) == pytest.approx(15)
-        with pytest.raises(UsageError, match=r"batch 6 were not measured .*pipeline calibrate"):
+        with pytest.raises(UsageError, match=r"batch 6 were not measured .*those of 1 to 5"):
             costs.verify(1, 0, batch=6)
 
     def test_a_table_survives_its_file(self) -> None:
         made = table()
         assert type(made).model_validate_json(made.model_dump_json(by_alias=True)) == made
+
+    def test_a_table_of_another_schema_is_refused(self) -> None:
+        fields = table().model_dump(mode="json", by_alias=True) | {"schema": 99}
+        with pytest.raises(ValidationError, match="schema"):
+            CostTable.model_validate(fields)
 
 
 class TestMarginal:
@@ -78,6 +83,12 @@ class TestPredicted:
         found = predicted(self.costs, RoundShape(tau=1.0, nodes=0), context=0)
         assert found.speedup == pytest.approx(1.0)
         assert found.plain_tok_s == pytest.approx(1e3 / 21)
+
+    def test_a_batch_costs_what_its_rows_cost_in_one_sequence(self) -> None:
+        """Five sequences of one row, and of one more each: passes of 5 and of 10 rows."""
+        found = predicted(self.costs, RoundShape(tau=1.5, nodes=1), context=0, batch=5)
+        assert found.plain_tok_s == pytest.approx(1e3 / (28 + 1))
+        assert found.tok_s == pytest.approx(1.5 * 1e3 / (38 + 1))
 
     def test_adds_up_every_call_of_a_round(self) -> None:
         shape = RoundShape(tau=3.0, nodes=4, extended=3, steps=(2, 4))

@@ -17,6 +17,7 @@ from runtime.draws import Drawing
 from runtime.learner import Children, Learner
 from runtime.lookup import NO_GUESS, Guess
 from runtime.policy import Market, PricedTerms, Prices
+from runtime.prefixes import PrefixCache
 from runtime.sampling import Dice, Law, SamplingConfig, SeededDice
 from runtime.tree import ADAPTIVE_TREE, DraftTree, Frontier, TreeConfig, grow
 from runtime.verify import verify_sampling
@@ -206,6 +207,11 @@ class TestTerms:
         assert children.gain(0.8, 0.3) == pytest.approx(0.8 * 0.5 - 0.3)
         assert children.gain(0.8, 0.9) == 0
 
+    @pytest.mark.parametrize("price", [0.0, 0.1])
+    def test_children_of_an_impossible_node_bring_nothing(self, price: float) -> None:
+        """exp(-800) is 0; beneath a price of 0 such a node may enter the tree."""
+        assert Children().gain(math.exp(-800), price) == 0
+
 
 def answer(market: Market, key: tuple[str, float, int], count: int = 60, **more: int) -> list[int]:
     """How many nodes each round verified."""
@@ -294,6 +300,26 @@ class TestMarket:
         for other in (None, 6):
             text(other)
         assert text(5) == first
+
+    @pytest.mark.parametrize("step_ms", [4.0, 30.0])  # at 30 most rounds do without the drafter
+    def test_a_seed_draws_the_same_tokens_however_the_prompt_came(self, step_ms: float) -> None:
+        """In one pass, in chunks, or in part from an earlier text."""
+        costs, tree = CostModel(table(step_ms=step_ms)), ADAPTIVE_TREE
+        for seed in range(8):
+            model = tiny(seed % 4, noise=1.0, sharpness=2.0)
+            prompt = [(7 * seed + 3 * i) % 24 for i in range(20)]
+            prefixes, found = PrefixCache(2**20), []
+            for chunk in (512, 19, 512):
+                sampling = SamplingConfig(1.0, seed=seed)
+                request = Request(prompt, 50, sampling, tree=tree, prefill_chunk=chunk)
+                start = prefixes.resume(prompt, model.target, model.drafter, exact=True)
+                policy, dice = Market(costs).policy(sampling), SeededDice(seed)
+                rounds = decode(model.target, model.drafter, request, dice, policy, start)
+                found.append(tokens_of(list(rounds)))
+                if chunk == 19:
+                    prefixes.keep(prompt, model.target, model.drafter)
+            assert found[1:] == [found[0]] * 2, seed
+            assert prefixes.saved == 19
 
     def test_an_adaptive_tree_without_costs_is_refused(self) -> None:
         model = MODELS["twin", 0.0, 0]

@@ -13,7 +13,7 @@ from drafter.errors import UsageError
 from runtime.batch import Batch
 from runtime.decode import Request, decode
 from runtime.drafter import EngineDrafter, Window
-from runtime.generator import Generator
+from runtime.generator import Completion, Generator
 from runtime.prefixes import PrefixCache
 from runtime.sampling import SeededDice
 from runtime.tree import TreeConfig
@@ -132,7 +132,7 @@ def test_plain_texts_serve_plain_requests_only() -> None:
 
 
 @pytest.mark.parametrize("common", [3, 10, 20, 36, 40])
-def test_a_drafter_that_forgot_the_place_goes_on_with_what_is_left(common: int) -> None:
+def test_a_drafter_that_forgot_the_place_is_fed_a_window_again(common: int) -> None:
     model = tiny(1, sharpness=3.0)
     config = model.drafter_config
     engines = model.engines["extend"], model.engines["step"]
@@ -143,7 +143,7 @@ def test_a_drafter_that_forgot_the_place_goes_on_with_what_is_left(common: int) 
     answer(forgetful, text, prefixes)
     other = [*text[:common], 23, 1]
     assert answer(forgetful, other, prefixes) == answer(forgetful, other, None)
-    assert prefixes.saved == common - 1
+    assert prefixes.saved == min(common - 1, max(2, len(other) - 8))
 
 
 def test_a_generator_tells_what_it_reused() -> None:
@@ -180,3 +180,74 @@ def test_a_batch_reuses_what_others_computed_while_they_run() -> None:
 def test_a_negative_size_is_refused() -> None:
     with pytest.raises(UsageError, match="prefix cache has -1 bytes"):
         PrefixCache(-1)
+
+
+FORGETFUL = Window(sink=2, recent=32)
+
+
+def long_ago(window: Window = FORGETFUL, **options: float) -> Tiny:
+    """A model that guesses well, as long as it holds the latest slots of the text."""
+    model = tiny(1, kind="twin", max_context=512, **options)  # type: ignore[arg-type]
+    engines = model.engines["extend"], model.engines["step"]
+    return model._replace(drafter=EngineDrafter(*engines, model.drafter_config, 512, window))
+
+
+def lines(*lengths: int) -> list[list[int]]:
+    """Texts of these lengths, the shorter ones beginnings of the longest."""
+    whole = [(5 * i * i + 3 * i) % 23 for i in range(max(lengths))]
+    return [whole[:length] for length in lengths]
+
+
+def tau(model: Tiny, prompt: Sequence[int], prefixes: PrefixCache | None) -> float:
+    start = prefixes.resume(prompt, model.target, model.drafter) if prefixes is not None else 0
+    request = Request(prompt, 60, tree=TREE)
+    rounds = list(decode(model.target, model.drafter, request, SeededDice(0), start=start))
+    return sum(len(passed.tokens) for passed in rounds[1:]) / len(rounds[1:])
+
+
+def test_speculation_stays_as_good_after_another_ones_longer_text() -> None:
+    """Of the longer text the drafter holds the first two slots and the latest ones alone."""
+    model, prefixes = long_ago(Window(sink=2, recent=128)), PrefixCache(ROOM)
+    prompt, longer = lines(300, 480)
+    alone = tau(model, prompt, None)
+    assert alone > 2  # and 1.02 with what the drafter holds of the longer text
+    answer(model, longer, prefixes)
+    assert tau(model, prompt, prefixes) > 0.9 * alone
+    assert prefixes.saved == 300 - 128
+
+
+def test_of_two_texts_the_one_whose_drafter_holds_more_is_used() -> None:
+    model, prefixes = long_ago(), PrefixCache(ROOM)
+    prompt, longer = lines(90, 160)
+    answer(model, prompt, prefixes)
+    answer(model, longer, prefixes)
+    assert prefixes.resume(prompt, model.target, model.drafter) == 89
+    assert model.drafter.rows(89).oldest <= 90 - FORGETFUL.recent * 3 // 4
+
+
+def test_a_conversation_goes_on_from_its_end_whatever_is_forgotten() -> None:
+    model, prefixes = long_ago(), PrefixCache(ROOM)
+    first, second = lines(100, 140)
+    answer(model, first, prefixes)
+    prompt = [*first, *answer(model, first, None), *second[100:]]
+    assert prefixes.resume(prompt, model.target, model.drafter) >= len(first) + 9
+
+
+@pytest.mark.parametrize(("length", "count", "reused"), [(30, 8, 29), (90, 40, 0)])
+def test_a_seed_draws_the_same_tokens_after_another_ones_text(
+    length: int, count: int, reused: int
+) -> None:
+    model, prefixes = long_ago(noise=1.0, sharpness=1.5), PrefixCache(ROOM)
+    generator = Generator(
+        model.target, model.drafter, TinyTokenizer(), tree=TREE, prefixes=prefixes
+    )
+    prompt, longer = lines(length, 160)
+
+    def drawn() -> Completion:
+        return generator.generate(prompt, max_tokens=count, temperature=1.0, seed=3)
+
+    first = drawn()
+    generator.generate(longer, max_tokens=2)
+    second = drawn()
+    assert second.token_ids == first.token_ids
+    assert second.reused_tokens == reused

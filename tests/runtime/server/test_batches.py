@@ -56,7 +56,7 @@ def test_a_stream_goes_on_while_others_come_and_leave(pool: ThreadPoolExecutor) 
         options: Any = {**ENDLESS, "max_tokens": 60, "stream": True}
         stream = iter(server.client().completions.create(model=MODEL, **options))
         text = next(stream).choices[0].text
-        leave(server, lambda: worker.running == 2)
+        leave(server, lambda: worker.running + worker.depth == 2)
         whole = ask(server, pool)
         wait_until(lambda: worker.running + worker.depth == 3)
         server.generator.valve.open()

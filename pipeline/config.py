@@ -43,10 +43,11 @@ class TreeOptions(_Options):
 
 class BuildOptions(TreeOptions):
     """What `build-engine` needs besides an export. `threads` None: the physical cores. `tree`: the
-    mode of the engine's own trees; `calibrate`: whether its costs are measured once it is built.
+    mode of the engine's own trees (None: what suits the precision); `calibrate`: whether its costs
+    are measured once it is built.
     """
 
-    tree: Literal["fixed", "adaptive"] = "fixed"
+    tree: Literal["fixed", "adaptive"] | None = None
     calibrate: bool = True
     backend: str = "onnxruntime"
     precision: str = "fp32"

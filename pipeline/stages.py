@@ -130,7 +130,7 @@ def build_stage(export: Path, options: BuildOptions, out: Path | None = None) ->
     """Build an engine from an export and remember it as the last one."""
     from engines import build_engines
 
-    tree = _tree(options)  # refuses a bad one before anything is built
+    tree = built_tree(options)  # refuses a bad one before anything is built
     out = out or export.resolve().parent / engine_name(options.backend, options.precision)
     _discard_damaged(out, "engine")
     before = _fingerprint(out)
@@ -150,12 +150,22 @@ def build_stage(export: Path, options: BuildOptions, out: Path | None = None) ->
     return artifact_report(manifest, out, before)
 
 
-def _tree(options: BuildOptions) -> dict[str, Any]:
-    """What the engine's trees are to differ in from the default ones. Raises UsageError."""
+def built_tree(options: BuildOptions) -> dict[str, Any]:
+    """What the engine's trees are to differ in from the default ones. Raises UsageError.
+
+    Without a mode they are fixed, but for a target of rounded weights: there each further node
+    costs so much that a fixed tree can be slower than plain decoding. Options that only a fixed
+    tree has ask for one.
+    """
+    from engines.base import PRECISIONS
     from runtime.tree import ADAPTIVE_TREE, TreeConfig
 
-    adaptive = asdict(ADAPTIVE_TREE) if options.tree == "adaptive" else {}
-    given = options.chosen()
+    given, mode = options.chosen(), options.tree
+    if mode is None:
+        chosen = PRECISIONS.get(options.precision)  # an unknown one is refused by the build
+        rounded = chosen is not None and "target" in chosen.graphs
+        mode = "adaptive" if rounded and not {"min_prob", "min_level"} & set(given) else "fixed"
+    adaptive = asdict(ADAPTIVE_TREE) if mode == "adaptive" else {}
     TreeConfig(**adaptive | given)
     return adaptive | given
 

@@ -9,7 +9,7 @@ import typer
 
 from drafter.errors import UsageError
 from pipeline.commands import options as o
-from pipeline.config import BuildOptions, RunOptions, default, options
+from pipeline.config import BuildOptions, RunOptions, options
 from pipeline.output import print_artifact, print_json, print_tables, print_text
 from pipeline.progress import note
 
@@ -177,7 +177,7 @@ def build_engine(
         o.option(
             "--tree",
             help="fixed, or adaptive: as large as pays on the machine it runs on.",
-            default=default(BuildOptions, "tree"),
+            default="adaptive where the target's weights are rounded, else fixed",
         ),
     ] = None,
     depth: o.Depth = None,

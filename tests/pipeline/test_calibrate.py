@@ -6,10 +6,13 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from engines import build_engines
+from pipeline.config import BuildOptions
+from pipeline.stages import built_tree
 from runtime.batch_generator import BatchGenerator
 from runtime.cost import CostTable
 from runtime.cost_store import costs_folder, noise_sentence, stored_costs
@@ -142,3 +145,24 @@ def test_adaptive_answers_have_the_texts_of_plain_decoding(engine: Path, prompt_
 def test_a_threshold_does_not_go_with_an_adaptive_tree(engine: Path) -> None:
     asked = ("generate", f"--engine={engine}", "--prompt=Hi", "--tree=adaptive", "--threads=1")
     assert_refused(run_command(*asked, "--min-prob=0.1"), 2, "min_prob is 0.1", "adaptive")
+
+
+@pytest.mark.parametrize(
+    ("precision", "asked", "mode"),
+    [
+        ("fp32", {}, "fixed"),
+        ("int8-drafter", {}, "fixed"),
+        ("int8", {}, "adaptive"),
+        ("int4", {"budget": 12}, "adaptive"),
+        ("int8", {"tree": "fixed"}, "fixed"),
+        ("int8", {"min_prob": 0.1}, "fixed"),
+        ("fp32", {"tree": "adaptive"}, "adaptive"),
+    ],
+)
+def test_where_each_further_node_is_dear_the_engines_own_trees_follow_costs(
+    precision: str, asked: dict[str, Any], mode: str
+) -> None:
+    tree = built_tree(BuildOptions.model_validate({"precision": precision, **asked}))
+    assert tree.get("mode", "fixed") == mode
+    for name in {"budget", "min_prob"} & set(asked):
+        assert tree[name] == asked[name]

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from pipeline.peers.worker import BOOT
 
 _PACKAGE = Path(pipeline.__file__).parent
 _GRACE_S = 10.0
+SILENCE_S = 1800.0  # a process that takes longer for one command hangs; a slow load takes minutes
 
 
 class ContenderFailed(SlimSpecError):
@@ -59,6 +61,7 @@ class Process:
         self.peak_rss_mb = 0.0
         self.max_batch = 1
         self.load_s = 0.0
+        self._killed = False
         boot = [python, "-c", BOOT, str(_PACKAGE)] if python else _here()
         # a library that has its own pool of threads reads this when it is loaded
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONSAFEPATH": "1"}
@@ -104,18 +107,30 @@ class Process:
             self._process.stdin.close()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(_GRACE_S)
+        self._kill()
+        self._process.wait()
+
+    def _kill(self) -> None:
+        self._killed = True
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
 
     def _ask(self, **command: Any) -> dict[str, Any]:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        line = ""
-        with suppress(OSError):
-            self._process.stdin.write(json.dumps(command) + "\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
+        line, limit = "", SILENCE_S
+        hung = threading.Timer(limit, self._kill)
+        hung.daemon = True
+        hung.start()
+        try:
+            with suppress(OSError):
+                self._process.stdin.write(json.dumps(command) + "\n")
+                self._process.stdin.flush()
+                line = self._process.stdout.readline()
+        finally:
+            hung.cancel()
+        if not line and self._killed:
+            raise ContenderFailed(f"it said nothing for {limit:g} s and was ended; see {self._log}")
         if not line:
             code = self._process.wait()
             raise ContenderFailed(f"its process ended with exit code {code}; see {self._log}")

@@ -56,6 +56,7 @@ class Peer:
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=ask.max_tokens,
                 do_sample=False,
+                repetition_penalty=1.0,  # greedy as everybody's, whatever the model's file asks
                 streamer=clock,
                 **self._more,
             )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from drafter.errors import UsageError
-from pipeline.bench import own
+from pipeline.bench import contenders, own
 from pipeline.bench.contenders import Contender, ContenderFailed, Process
 from pipeline.bench.plan import Cell, cells_of, turns
 from pipeline.bench.records import Record, Records
@@ -396,3 +396,15 @@ def lines_of(folder: Path, *lines: str) -> Path:
     path = folder / "lines.jsonl"
     path.write_text("".join(line + "\n" for line in lines))
     return path
+
+
+def test_a_contender_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interpreter that reads its orders and never answers."""
+    silent = tmp_path / "python"
+    silent.write_text("#!/bin/sh\nexec sleep 60\n", encoding="utf-8")
+    silent.chmod(0o755)
+    monkeypatch.setattr(contenders, "SILENCE_S", 0.3)
+    process = contenders.Process("", threads=1, log=tmp_path / "log", python=str(silent))
+    with pytest.raises(contenders.ContenderFailed, match=r"said nothing for 0\.3 s"):
+        process.check()
+    process.close()

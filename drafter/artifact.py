@@ -26,11 +26,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from drafter import __version__
-from drafter.disk import atomic_write_json as atomic_write_json  # noqa: PLC0414
-from drafter.disk import check_free_space as check_free_space  # noqa: PLC0414
-from drafter.disk import disk_full_as_error as disk_full_as_error  # noqa: PLC0414
-from drafter.disk import flush as flush  # noqa: PLC0414
-from drafter.disk import link_or_copy as link_or_copy  # noqa: PLC0414 - all part of this module
+from drafter.disk import atomic_write_json, check_free_space, disk_full_as_error, flush
 from drafter.errors import UsageError
 
 SCHEMA = 1

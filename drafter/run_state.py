@@ -20,8 +20,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from drafter.artifact import atomic_write_json, flush, sha256_file
+from drafter.artifact import sha256_file
 from drafter.config import read_json
+from drafter.disk import atomic_write_json, flush
 from drafter.errors import UsageError
 from drafter.sharding import full, like
 from drafter.train_step import Learner

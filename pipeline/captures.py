@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from drafter.artifact import check_free_space, link_or_copy
 from drafter.config import DrafterConfig, TargetConfig
+from drafter.disk import check_free_space, link_or_copy
 from drafter.errors import MissingError, UnsupportedTarget, UsageError
 from drafter.families import read_target_config
 from drafter.sources import TargetFolder

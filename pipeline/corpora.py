@@ -15,17 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from drafter.artifact import (
     MANIFEST,
-    atomic_write_json,
-    disk_full_as_error,
     fingerprint,
     is_up_to_date,
-    link_or_copy,
     read_artifact,
     refuse_foreign,
     sha256_file,
     write_artifact,
 )
 from drafter.config import read_json
+from drafter.disk import atomic_write_json, disk_full_as_error, link_or_copy
 from drafter.errors import UsageError
 from drafter.sources import TargetFolder
 from drafter.tokenizer import ChatTokenizer, vocabulary_sha256

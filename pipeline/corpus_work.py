@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from drafter.artifact import atomic_write_json
 from drafter.config import read_json
+from drafter.disk import atomic_write_json
 from drafter.errors import UsageError
 from pipeline.config import CorpusOptions
 

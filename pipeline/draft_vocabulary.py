@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from drafter.artifact import atomic_write_json
 from drafter.config import DrafterConfig, read_json
+from drafter.disk import atomic_write_json
 from drafter.errors import UsageError
 from drafter.sources import TargetFolder
 from drafter.sources.folder import weights_fingerprint

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console, RenderableType
 
-from drafter.artifact import disk_full_as_error
+from drafter.disk import disk_full_as_error
 from drafter.errors import UsageError
 from pipeline.reports import ArtifactReport
 

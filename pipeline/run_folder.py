@@ -15,8 +15,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from drafter.artifact import atomic_write_json
 from drafter.config import DrafterConfig, read_json
+from drafter.disk import atomic_write_json
 from drafter.errors import UsageError
 from pipeline.config import TrainOptions
 from pipeline.progress import note

@@ -15,14 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from drafter.artifact import (
-    disk_full_as_error,
-    is_up_to_date,
-    read_artifact,
-    refuse_foreign,
-    write_artifact,
-)
+from drafter.artifact import is_up_to_date, read_artifact, refuse_foreign, write_artifact
 from drafter.config import DrafterConfig
+from drafter.disk import disk_full_as_error
 from drafter.errors import UsageError
 from drafter.sources import TargetFolder
 from drafter.tokenizer import vocabulary_sha256

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from drafter.artifact import atomic_write_json
 from drafter.cache import locked, workspace_folder
+from drafter.disk import atomic_write_json
 from drafter.errors import MissingError, UsageError
 from drafter.sources import TargetFolder
 

@@ -204,7 +204,7 @@ class Batch:
         """A request whose trees must not follow the batch gets, if they are adaptive, a policy of
         its own, as it has alone; where costs are not known, the default tree below its ceilings.
         """
-        if not _reproducible(request) or request.tree.mode == "fixed":
+        if not request.sampling.reproducible or request.tree.mode == "fixed":
             return request, None
         if self._market is not None:
             return request, self._market.policy(request.sampling)
@@ -212,7 +212,7 @@ class Batch:
 
     def _plans(self, running: Sequence[Member]) -> dict[Member, Planned | None]:
         """What each running request may draft in this round."""
-        own = {member: _own_plan(member) for member in running if _reproducible(member.request)}
+        own = {m: _own_plan(m) for m in running if m.request.sampling.reproducible}
         players = []
         for member in running:
             if member.gains is None:
@@ -243,11 +243,6 @@ def _own_plan(member: Member) -> Planned | None:
     if member.policy is None:
         return Planned(fitted)
     return Planned(fitted, *member.policy.plan(fitted, length, progress.pending.count))
-
-
-def _reproducible(request: Request) -> bool:
-    """Whether the draft tree must not follow the batch: what is drawn depends on its size."""
-    return not request.sampling.greedy and request.sampling.seed is not None
 
 
 def _fixed_below(ceilings: TreeConfig) -> TreeConfig:

@@ -25,7 +25,7 @@ from runtime.calibration import Tell
 from runtime.cost import CostModel
 from runtime.decode import Request
 from runtime.drafter import Drafter, EngineDrafter
-from runtime.generator import Answer, Completion, Generator, Piece, Prompt, Tokenizer
+from runtime.generator import Answer, Completion, Generator, Piece, Prompt, Tokenizer, opened
 from runtime.member import Member, Models
 from runtime.policy import Policy
 from runtime.prefixes import PrefixCache
@@ -83,14 +83,7 @@ class BatchGenerator(Generator):
         without it, it is learnt from the first rounds. Raises UsageError or MissingError, as
         `open_engines` does.
         """
-        from engines import open_engines  # with the backends, which only this needs
-        from runtime.cost_store import known_costs
-
-        folder = Path(engine_dir)
-        engines = open_engines(folder, threads=threads, verify=True)
-        trees = engines.manifest.tree, engines.manifest.drawn_tree
-        needed = adaptive or any(TreeConfig.from_dict(t).mode == "adaptive" for t in trees)
-        known = known_costs(folder, lambda: engines, threads, tell, measure=needed)
+        engines, known = opened(engine_dir, threads, tell, adaptive)
         rows = default_rows(Models.of(engines)) if max_rows is None else max_rows
         size = default_batch(rows, threads) if max_batch is None else max_batch
         return cls.of(engines, known, prefixes, max_batch=size, max_rows=rows)

@@ -16,8 +16,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from drafter.artifact import atomic_write_json, fingerprint, package_versions
+from drafter.artifact import fingerprint, package_versions
 from drafter.cache import cache_root
+from drafter.disk import atomic_write_json
 from drafter.errors import MissingError
 from engines import read_engine
 from engines.backends import find_backend

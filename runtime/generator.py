@@ -149,15 +149,7 @@ class Generator:
         measured (some seconds; `tell` hears so) if the engine's trees are adaptive, or if
         `adaptive` says that a request's will be.
         """
-        from engines import open_engines  # with the backends, which only this needs
-        from runtime.cost_store import known_costs
-
-        folder = Path(engine_dir)
-        engines = open_engines(folder, threads=threads, verify=True)
-        manifest = engines.manifest
-        trees = [TreeConfig.from_dict(tree) for tree in (manifest.tree, manifest.drawn_tree)]
-        needed = adaptive or any(tree.mode == "adaptive" for tree in trees)
-        costs = known_costs(folder, lambda: engines, threads, tell, measure=needed)
+        engines, costs = opened(engine_dir, threads, tell, adaptive)
         return cls.of(engines, costs, prefixes)
 
     @classmethod
@@ -351,6 +343,22 @@ class Generator:
             yield
         finally:
             self._busy.release()
+
+
+def opened(
+    engine_dir: str | Path, threads: int | None, tell: Tell | None, adaptive: bool
+) -> tuple[EngineSet, CostModel | None]:
+    """An engine folder and what its passes cost here, if that is known or needed: see
+    `Generator.load`.
+    """
+    from engines import open_engines  # with the backends, which only this needs
+    from runtime.cost_store import known_costs
+
+    folder = Path(engine_dir)
+    engines = open_engines(folder, threads=threads, verify=True)
+    trees = engines.manifest.tree, engines.manifest.drawn_tree
+    needed = adaptive or any(TreeConfig.from_dict(tree).mode == "adaptive" for tree in trees)
+    return engines, known_costs(folder, lambda: engines, threads, tell, measure=needed)
 
 
 class Answer:

@@ -26,12 +26,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from drafter.acceptance import measure_acceptance  # noqa: E402
-from drafter.artifact import atomic_write_json, sha256_file  # noqa: E402
+from drafter.artifact import sha256_file  # noqa: E402
 from drafter.capture import Online  # noqa: E402
 from drafter.checkpoint import load_drafter, load_target, save_drafter  # noqa: E402
 from drafter.config import drafter_config_for, read_json  # noqa: E402
 from drafter.corpus import Document, read_shard, shards  # noqa: E402
 from drafter.decoder import TargetDecoder  # noqa: E402
+from drafter.disk import atomic_write_json  # noqa: E402
 from drafter.documents import Documents, texts_of  # noqa: E402
 from drafter.eagle3 import Drafter  # noqa: E402
 from drafter.families import read_target_config  # noqa: E402

@@ -17,8 +17,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from drafter.artifact import check_free_space, sha256_file
+from drafter.artifact import sha256_file
 from drafter.cache import locked
+from drafter.disk import check_free_space
 from drafter.errors import MissingError, UsageError
 from drafter.sources.progress import Report, silent
 

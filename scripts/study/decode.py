@@ -14,8 +14,8 @@ from typing import Any
 from runs import CHAIN, Study
 from variants import Variant, heads
 
-from drafter.artifact import atomic_write_json
 from drafter.checkpoint import load_drafter, load_target
+from drafter.disk import atomic_write_json
 from drafter.families import read_target_config
 from engines import build_engines
 from export.model import export_model

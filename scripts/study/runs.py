@@ -16,7 +16,7 @@ import torch
 from texts import SETS, TEMPERATURES, read_texts, texts_settings
 from variants import Head, Variant, heads
 
-from drafter.artifact import atomic_write_json, sha256_file
+from drafter.artifact import sha256_file
 from drafter.capture import Captured, read_captured
 from drafter.checkpoint import load_drafter, load_target, save_drafter
 from drafter.config import (
@@ -28,6 +28,7 @@ from drafter.config import (
 )
 from drafter.corpus import read_shard, shards
 from drafter.decoder import TargetDecoder
+from drafter.disk import atomic_write_json
 from drafter.errors import UsageError
 from drafter.replay import replay
 from drafter.rounding import narrowest

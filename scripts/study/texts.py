@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from drafter.artifact import atomic_write_json
 from drafter.capture import Captured, computed_in, read_captured, write_captured
 from drafter.checkpoint import load_target
 from drafter.config import read_json
+from drafter.disk import atomic_write_json
 from drafter.errors import UsageError
 from drafter.generate import GenerateConfig, answer_prompts, seen_document
 from drafter.tokenizer import ChatTokenizer

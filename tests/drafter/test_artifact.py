@@ -16,14 +16,8 @@ from typing import Any
 import pytest
 
 from drafter import artifact
-from drafter.artifact import (
-    MANIFEST,
-    atomic_write_json,
-    fingerprint,
-    is_up_to_date,
-    read_artifact,
-    write_artifact,
-)
+from drafter.artifact import MANIFEST, fingerprint, is_up_to_date, read_artifact, write_artifact
+from drafter.disk import atomic_write_json
 from drafter.errors import MissingError, UsageError
 
 INPUTS = {"target": "a" * 64}
